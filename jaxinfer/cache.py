@@ -1,0 +1,96 @@
+"""The paged cache: per layer a pool of key pages and a pool of value pages."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.dims import Leaf
+from jaxinfer.spec import ArraySpec, map_specs
+
+# XLA:CPU of jax 0.10 turns a bfloat16 scatter into a float32 copy of the whole pool; bits of
+# the same width go through untouched (fixed in 0.11).
+_STORES_BITS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
+
+
+class Cache(NamedTuple):
+    """All that the device remembers between steps; a step consumes one and returns the next."""
+
+    k: tuple[Leaf, ...]  # L x [K, P, C, H]
+    v: tuple[Leaf, ...]  # L x [K, P, C, H]
+    last_tokens: Leaf  # i32 [slots + 1]: each slot's last sampled token; the last entry is trash
+
+
+def spec(model: ModelConfig, engine: EngineConfig) -> Cache:
+    """Describes every array of the cache; the pool's last page is the trash page."""
+    shape = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, model.head_dim)
+    pages = ArraySpec(
+        shape, ("kv_heads", None, None, None), dtype=page_dtype(engine.compute_dtype), init="zeros"
+    )
+    return Cache(
+        k=(pages,) * model.num_layers,
+        v=(pages,) * model.num_layers,
+        last_tokens=ArraySpec((engine.num_slots + 1,), (None,), dtype=jnp.int32, init="zeros"),
+    )
+
+
+def make(model: ModelConfig, engine: EngineConfig) -> Cache:
+    """An empty cache, allocated once."""
+    return map_specs(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec(model, engine))
+
+
+def bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int:
+    """Bytes that one token takes in the pool, over all layers."""
+    width = 2 * model.num_kv_heads * model.head_dim
+    return model.num_layers * width * jnp.dtype(engine.compute_dtype).itemsize
+
+
+def page_dtype(compute_dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which pages of a compute dtype are stored."""
+    dtype = jnp.dtype(compute_dtype)
+    return jnp.dtype(jnp.uint16) if _STORES_BITS and dtype == jnp.bfloat16 else dtype
+
+
+def to_pages(x: Float[Array, "..."], pages: Leaf) -> Array:
+    """Rounds values to what the pages hold."""
+    if pages.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(pages.dtype)
+
+
+def from_pages(stored: Array) -> Array:
+    """The values of something read from pages."""
+    if stored.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored
+
+
+class Places(NamedTuple):
+    """Where the tokens of a step go."""
+
+    pages: Int[Array, " rows"]
+    offsets: Int[Array, " rows"]
+
+
+def places(
+    page_table: Int[Array, "B M"],
+    positions: Int[Array, "B T"],
+    is_real: Array,
+    *,
+    page_size: int,
+    trash_page: int,
+) -> Places:
+    """The page and offset of each token, row by row; tokens that are not real go to the trash."""
+    owned = jnp.take_along_axis(page_table, positions // page_size, axis=1, mode="clip")
+    pages = jnp.where(is_real, owned, trash_page)
+    return Places(pages.reshape(-1), (positions % page_size).reshape(-1))
+
+
+def write(pages: Leaf, new: Float[Array, "B T K H"], where: Places) -> Array:
+    """The pool with the tokens of a step in their places; in place when the pool is donated."""
+    rows = to_pages(new, pages).reshape(-1, *new.shape[2:])
+    return pages.at[:, where.pages, where.offsets].set(jnp.swapaxes(rows, 0, 1))

@@ -1,0 +1,281 @@
+"""Frozen settings of everything: their types, their checks, and how they are loaded."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxinfer import settings
+from jaxinfer.errors import ConfigError
+
+Dtype = Literal["bfloat16", "float32"]
+PREFIX = "JAXINFER_"
+NOT_SETTINGS = {"JAXINFER_CACHE_DIR", "JAXINFER_DEBUG"}  # variables that set no key of Config
+MIN_ROWS = 8  # below 8 rows a CPU matmul is slow and its bits differ: design.md section 6
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one model: what its checkpoint says, in jaxinfer's words."""
+
+    architecture: str  # a key of models.ARCHITECTURES: llama, mistral, qwen2, qwen3
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    layer_windows: tuple[int, ...] = ()  # one a layer, 0 = no window; () = no layer has one
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.num_heads} query heads can't share {self.num_kv_heads} kv heads evenly"
+            )
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ConfigError(
+                f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers"
+            )
+
+    def window(self, layer: int) -> int:
+        """The sliding window of one layer in tokens; 0 where it sees everything."""
+        return self.layer_windows[layer] if self.layer_windows else 0
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The page pool."""
+
+    page_size: int = 16
+    """Tokens in one page."""
+    num_pages: int = 0
+    """Pages in the pool, without the trash page; 0 gives every slot its longest sequence."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What one engine can hold and how it steps."""
+
+    num_slots: int = 8
+    """Sequences that decode at once."""
+    max_seq_len: int = 2048
+    """Longest sequence, prompt and output together, in tokens."""
+    decode_rows: tuple[int, ...] = ()
+    """Row counts of the decode programs; () means 8, 32, 128... up to num_slots."""
+    prefill_chunks: tuple[int, ...] = (32, 128, 512)
+    """Token counts of the prefill programs, ascending; prompts are cut at the largest."""
+    max_prefill_tokens: int = 512
+    """Prefill work between two decode steps, in padded tokens (one chunk is always allowed)."""
+    max_waiting: int = 256
+    """Requests that may wait; one more is refused."""
+    compute_dtype: Dtype = "bfloat16"
+    attention: Literal["reference"] = "reference"
+    attention_block: int = 128
+    """Tokens that attention reduces at a time: a multiple of the page size."""
+    overlap: bool = True
+    """Plan and dispatch step n+1 while step n runs."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        check_engine(self)
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Entries of a page table row: whole attention blocks that cover max_seq_len."""
+        blocks = -(-self.max_seq_len // self.attention_block)
+        return blocks * (self.attention_block // self.cache.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that sequences can own; the device holds one more, the trash page."""
+        longest = -(-self.max_seq_len // self.cache.page_size)
+        return self.cache.num_pages or self.num_slots * longest
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Row counts of the decode programs, ascending; the last one covers all slots."""
+        if self.decode_rows:
+            return self.decode_rows
+        counts, rows = [], MIN_ROWS
+        while rows < self.num_slots:
+            counts.append(rows)
+            rows *= 4
+        top = max(MIN_ROWS, -(-self.num_slots // MIN_ROWS) * MIN_ROWS)
+        return (*counts, top)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The gRPC edge."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0 takes a free port."""
+    max_message_bytes: int = 4 * 1024 * 1024
+    drain_grace_s: float = 10.0
+    """How long a stopping server lets running requests finish."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices, and which logical axis of an array lies along which mesh axis."""
+
+    shape: tuple[int, ...] = (1,)
+    axes: tuple[str, ...] = ("X",)
+    rules: tuple[tuple[str, str], ...] = ()
+    """(logical axis, mesh axis) pairs; a logical axis without one is replicated."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs; `jaxinfer config show` prints it."""
+
+    model: str = "smollm2-135m"
+    """An alias, a Hugging Face folder, a GGUF file, or a folder that jaxinfer wrote."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def load(*sources: str | Path, environ: Mapping[str, str] | None = None) -> Config:
+    """The settings that `sources` and the environment make of the defaults.
+
+    A source is a TOML file, the name of a preset in configs/ (`cpu-32`, `engine/cpu-32`), or an
+    override (`engine.cache.page_size=32`). Files go left to right, then the environment
+    (`JAXINFER_ENGINE__CACHE__PAGE_SIZE`), then overrides left to right; a later one wins.
+    """
+    return settings.apply(Config(), gather(*sources, environ=environ))
+
+
+def gather(*sources: str | Path, environ: Mapping[str, str] | None = None) -> settings.Settings:
+    """What `load` applies: every value that was set, and by whom."""
+    overrides = [text for text in sources if isinstance(text, str) and "=" in text]
+    files = [find(source) for source in sources if source not in overrides]
+    variables = os.environ if environ is None else environ
+    return settings.merge(
+        *(settings.from_file(path, name=name) for name, path in files),
+        settings.from_environment(variables, prefix=PREFIX, reserved=NOT_SETTINGS),
+        *(settings.from_override(text) for text in overrides),
+    )
+
+
+def override(config: Any, *overrides: str) -> Any:
+    """A new value of a settings dataclass, with `key=value` texts applied."""
+    return settings.apply(config, settings.merge(*map(settings.from_override, overrides)))
+
+
+def to_toml(config: Any) -> str:
+    """Every setting as TOML; `load` reads it back to the same value."""
+    return settings.to_toml(config)
+
+
+def digest(config: Any) -> str:
+    """A short name of exactly these settings."""
+    return hashlib.sha256(to_toml(config).encode()).hexdigest()[:12]
+
+
+def presets() -> dict[str, Path]:
+    """The files of configs/ by name: `engine/cpu-8`."""
+    root = presets_dir()
+    files = sorted(root.rglob("*.toml"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
+
+
+def presets_dir() -> Path:
+    """Where configs/ lies: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find(source: str | Path) -> tuple[str, Path]:
+    """What to call a settings file, and where it is: a path, or the name of a preset."""
+    path = Path(source)
+    if path.is_file():
+        return str(source), path
+    known = presets()
+    name = path.as_posix().removeprefix("configs/").removesuffix(".toml")
+    matches = [full for full in known if name in (full, full.rpartition("/")[2])]
+    if len(matches) == 1:
+        return f"configs/{matches[0]}.toml", known[matches[0]]
+    near = difflib.get_close_matches(name, [*known, *(full.rpartition("/")[2] for full in known)])
+    hint = f"did you mean {near[0]}?" if near else f"the presets are {', '.join(known)}"
+    if matches:
+        hint = f"it could be {' or '.join(matches)}"
+    raise ConfigError(f"no settings file {str(source)!r}; {hint}")
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Where downloads and converted weights are kept: JAXINFER_CACHE_DIR, or the user's cache."""
+    variables = os.environ if environ is None else environ
+    if chosen := variables.get("JAXINFER_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    base = variables.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxinfer"
+
+
+def is_debug(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether JAXINFER_DEBUG asks for tracebacks."""
+    return (os.environ if environ is None else environ).get("JAXINFER_DEBUG", "0") not in ("", "0")
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Raises ConfigError, naming the key, where an engine could not be built."""
+    page_size = config.cache.page_size
+    for key, value in (
+        ("num_slots", config.num_slots),
+        ("max_seq_len", config.max_seq_len),
+        ("max_prefill_tokens", config.max_prefill_tokens),
+        ("max_waiting", config.max_waiting),
+        ("cache.page_size", page_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"engine.{key} is {value}; it must be at least 1")
+    if config.attention_block < 1 or config.attention_block % page_size:
+        raise ConfigError(
+            f"engine.attention_block is {config.attention_block}; it must be a multiple of "
+            f"engine.cache.page_size, which is {page_size}"
+        )
+    longest = -(-config.max_seq_len // page_size)
+    if config.cache.num_pages < 0 or 0 < config.cache.num_pages < longest:
+        raise ConfigError(
+            f"engine.cache.num_pages is {config.cache.num_pages}; one sequence of "
+            f"engine.max_seq_len = {config.max_seq_len} tokens needs {longest}"
+        )
+    chunks = config.prefill_chunks
+    if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < MIN_ROWS:
+        raise ConfigError(
+            f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least "
+            f"{MIN_ROWS}"
+        )
+    rows = config.row_counts
+    if list(rows) != sorted(set(rows)) or rows[0] < MIN_ROWS or rows[-1] < config.num_slots:
+        raise ConfigError(
+            f"engine.decode_rows is {list(rows)}; it must be ascending, each at least {MIN_ROWS}, "
+            f"and the last must cover engine.num_slots = {config.num_slots}"
+        )

@@ -1,0 +1,225 @@
+"""What a client asks and what it gets: requests, sampling parameters, outputs."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+
+from jaxinfer.errors import InvalidRequest
+
+MAX_SEED = 2**64 - 1
+MAX_STOP_IDS = 16  # end tokens that one row can ban until min_tokens is reached
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    EOS = "eos"
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    LENGTH = "length"  # max_tokens reached
+    CONTEXT = "context"  # the longest sequence that the engine holds is reached
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; None means the model's default, then jaxinfer's.
+
+    Raises InvalidRequest, naming the field, on a value that can't be served.
+    """
+
+    temperature: float | None = None
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least this."""
+    min_p: float | None = None
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    seed: int | None = None
+    """Same seed, same request: same tokens. None lets the edge draw one and report it."""
+    max_tokens: int | None = None
+    """None means as many as the context holds."""
+    min_tokens: int | None = None
+    """No end token or stop token before this many."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number(self, "temperature", low=0.0, high=100.0)
+        _check_number(self, "top_p", low=0.0, high=1.0)
+        _check_number(self, "min_p", low=0.0, high=1.0)
+        _check_integer(self, "top_k", low=0)
+        _check_integer(self, "seed", low=0, high=MAX_SEED)
+        _check_integer(self, "max_tokens", low=1)
+        _check_integer(self, "min_tokens", low=0)
+        if self.top_p == 0.0:
+            raise InvalidRequest("top_p is 0; it must be above 0, up to 1", field="top_p")
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, above max_tokens = {self.max_tokens}",
+                field="min_tokens",
+            )
+        _check_stops(self)
+
+    def or_else(self, defaults: "SamplingParams") -> "SamplingParams":
+        """These parameters, with every unset scalar taken from `defaults`."""
+        unset = {
+            entry.name: getattr(defaults, entry.name)
+            for entry in fields(self)
+            if getattr(self, entry.name) is None
+        }
+        return replace(self, **unset)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. `sampling` has no unset scalar left but max_tokens."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower goes first; equal ones in order of arrival."""
+    deadline_s: float | None = None
+    """On the engine's clock; past it the request ends with DEADLINE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an engine can take; requests outside it are refused before they wait."""
+
+    vocab_size: int
+    max_seq_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds on the engine's clock; None until it happened."""
+
+    arrived_s: float
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one request got from one engine step."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    """New text; half a character or a possible stop string is held back until it is decided."""
+    finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    """The stop string or stop token id that ended it."""
+    error: str = ""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """So far, this output's tokens included."""
+    num_preemptions: int = 0
+    timings: Timings = Timings(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts of one engine since it was built, and what it holds now."""
+
+    num_slots: int
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    peak_pages_used: int
+    num_steps: int
+    num_prefill_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    num_recoveries: int
+    num_programs: int
+    num_compiles_after_start: int
+    host_s: float
+    """Seconds of Python in all steps together: planning, packing, committing, text."""
+    wait_s: float
+    """Seconds in which the host only waited for the device."""
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raises InvalidRequest where an engine with these limits can't serve the request."""
+    prompt, sampling = request.prompt, request.sampling
+    if not prompt:
+        raise InvalidRequest("the prompt is empty; give at least one token", field="prompt")
+    if len(prompt) >= limits.max_seq_len:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens; this server holds sequences of "
+            f"{limits.max_seq_len} (engine.max_seq_len), so at most {limits.max_seq_len - 1} "
+            "may be the prompt",
+            field="prompt",
+        )
+    for name, ids in (("prompt", prompt), ("stop_token_ids", sampling.stop_token_ids)):
+        for place, token in enumerate(ids):
+            if not 0 <= token < limits.vocab_size:
+                raise InvalidRequest(
+                    f"{name}[{place}] is {token}; token ids of this model go from 0 to "
+                    f"{limits.vocab_size - 1}",
+                    field=name,
+                )
+    num_ends = len(set(limits.eos_token_ids) | set(sampling.stop_token_ids))
+    if sampling.min_tokens and num_ends > MAX_STOP_IDS:
+        raise InvalidRequest(
+            f"min_tokens with {num_ends} end tokens; at most {MAX_STOP_IDS} can be held back",
+            field="stop_token_ids",
+        )
+
+
+def _check_number(params: SamplingParams, name: str, *, low: float, high: float) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a number", field=name)
+    if math.isnan(value) or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}", field=name)
+
+
+def _check_integer(
+    params: SamplingParams, name: str, *, low: int, high: int = 2**31 - 1
+) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number", field=name)
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}", field=name)
+
+
+def _check_stops(params: SamplingParams) -> None:
+    if len(params.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"{len(params.stop)} stop strings; at most {MAX_STOP_STRINGS} are served", field="stop"
+        )
+    for stop in params.stop:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"a stop string must have 1 to {MAX_STOP_CHARS} characters", field="stop"
+            )
+    if len(params.stop_token_ids) > MAX_STOP_IDS:
+        raise InvalidRequest(
+            f"{len(params.stop_token_ids)} stop tokens; at most {MAX_STOP_IDS} are served",
+            field="stop_token_ids",
+        )
+
+
+JAXINFER_DEFAULTS = SamplingParams(
+    temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_tokens=0
+)
+"""What a parameter is when neither the request nor the model says; the seed is drawn at the edge."""

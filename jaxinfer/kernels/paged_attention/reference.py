@@ -1,0 +1,134 @@
+"""Ragged paged attention in plain JAX: the definition, and the path on CPU."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinfer.dims import Leaf
+
+MIN_QUERY_ROWS = 4  # fewer rows leave XLA:CPU's fast batched dot, and change a row's bits
+
+
+class _Softmax(NamedTuple):
+    """A softmax that is not finished: the blocks so far."""
+
+    top: Float[Array, "K B R 1"]  # largest logit
+    total: Float[Array, "K B R 1"]  # sum of exp(logit - top)
+    out: Float[Array, "K B R H"]  # sum of exp(logit - top) * v
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    k_pages: Leaf,
+    v_pages: Leaf,
+    page_table: Int[Array, "B M"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    *,
+    block: int,
+    window: int = 0,
+    load: Callable[[Array], Array] = lambda stored: stored,
+) -> Float[Array, "B T N H"]:
+    """Row b's query t, at position starts[b] + t, attends to the tokens at positions up to its own.
+
+    Pages are [K, P, C, H]; row b's token s lies in page page_table[b, s // C] at offset s % C, and
+    the new tokens are already there. With a window only the last `window` positions are seen.
+    `load` turns what is stored into values. Queries t >= lengths[b] return zeros. What pages hold
+    outside a row's positions, NaN included, changes nothing.
+
+    Keys are reduced in blocks of `block` tokens, in order, so that a row's bits depend neither on
+    its neighbours nor on the program that it runs in (Milakov and Gimelshein 2018 for the merge of
+    blocks). The number of blocks follows the longest row, not the page table.
+    """
+    rows, num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, _, page_size, _ = k_pages.shape
+    group = num_heads // num_kv_heads
+    pages_per_block = block // page_size
+    q_KBRH, padding = _group_queries(q, num_kv_heads, scale=head_dim**-0.5)
+    last = starts[:, None] + jnp.repeat(jnp.arange(num_queries), group)[None, :]
+    last = jnp.pad(last, ((0, 0), (0, padding)))  # [B, R]
+
+    def one_block(index: Array, softmax: _Softmax) -> _Softmax:
+        pages = lax.dynamic_slice_in_dim(
+            page_table, index * pages_per_block, pages_per_block, axis=1
+        )
+        seen = index * block + jnp.arange(block)  # [S]
+        visible = seen <= last[..., None]  # [B, R, S]
+        if window:
+            visible &= seen > last[..., None] - window
+        owned = seen < (starts + lengths)[:, None]  # [B, S]
+        k_KBSH = load(_gather(k_pages, pages))
+        v_KBSH = load(_gather(v_pages, pages))
+        v_KBSH = jnp.where(owned[None, ..., None], v_KBSH, jnp.zeros((), v_KBSH.dtype))
+        return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible & owned[:, None])
+
+    empty = _Softmax(
+        top=jnp.full((*q_KBRH.shape[:3], 1), -jnp.inf, jnp.float32),
+        total=jnp.zeros((*q_KBRH.shape[:3], 1), jnp.float32),
+        out=jnp.zeros(q_KBRH.shape, jnp.float32),
+    )
+    ends = jnp.where(lengths > 0, starts + lengths, 0)
+    first = jnp.where(lengths > 0, starts + 1 - window, jnp.iinfo(jnp.int32).max) // block
+    softmax = lax.fori_loop(
+        jnp.clip(jnp.min(first), 0, None) if window else 0,
+        -(-jnp.max(ends) // block),
+        one_block,
+        empty,
+    )
+    out_KBRH = jnp.where(softmax.total > 0, softmax.out / softmax.total, 0.0)
+    out = out_KBRH[:, :, : num_queries * group].reshape(
+        num_kv_heads, rows, num_queries, group, head_dim
+    )
+    out = jnp.transpose(out, (1, 2, 0, 3, 4)).reshape(q.shape)
+    is_real = jnp.arange(num_queries)[None, :] < lengths[:, None]
+    return jnp.where(is_real[..., None, None], out, 0.0)
+
+
+def _group_queries(
+    q: Float[Array, "B T N H"], num_kv_heads: int, *, scale: float
+) -> tuple[Float[Array, "K B R H"], int]:
+    """The queries that share a kv head as rows of one matrix, padded to MIN_QUERY_ROWS."""
+    rows, num_queries, num_heads, head_dim = q.shape
+    group = num_heads // num_kv_heads
+    q = (q * scale).reshape(rows, num_queries, num_kv_heads, group, head_dim)
+    q_KBRH = jnp.transpose(q, (2, 0, 1, 3, 4)).reshape(num_kv_heads, rows, -1, head_dim)
+    padding = max(0, MIN_QUERY_ROWS - num_queries * group)
+    return jnp.pad(q_KBRH, ((0, 0), (0, 0), (0, padding), (0, 0))), padding
+
+
+def _gather(pages: Leaf, wanted: Int[Array, "B W"]) -> Array:
+    """The wanted pages of each row, end to end: [K, B, W * C, H]."""
+    num_kv_heads, _, page_size, head_dim = pages.shape
+    rows, count = wanted.shape
+    return pages[:, wanted].reshape(num_kv_heads, rows, count * page_size, head_dim)
+
+
+def _merge(
+    softmax: _Softmax,
+    q_KBRH: Array,
+    k_KBSH: Array,
+    v_KBSH: Array,
+    visible: Bool[Array, "B R S"],
+) -> _Softmax:
+    """Takes one more block of keys into an unfinished softmax."""
+    over_h = (((3,), (3,)), ((0, 1), (0, 1)))
+    over_s = (((3,), (2,)), ((0, 1), (0, 1)))
+    logits = lax.dot_general(
+        q_KBRH.astype(k_KBSH.dtype), k_KBSH, over_h, preferred_element_type=jnp.float32
+    )
+    logits = jnp.where(visible[None], logits, -jnp.inf)
+    top = jnp.maximum(softmax.top, jnp.max(logits, axis=-1, keepdims=True))
+    base = jnp.where(top == -jnp.inf, 0.0, top)  # a row that has seen nothing yet
+    weights = jnp.exp(logits - base)
+    fade = jnp.exp(softmax.top - base)
+    new = lax.dot_general(
+        weights.astype(v_KBSH.dtype), v_KBSH, over_s, preferred_element_type=jnp.float32
+    )
+    return _Softmax(
+        top=top,
+        total=softmax.total * fade + jnp.sum(weights, axis=-1, keepdims=True),
+        out=softmax.out * fade + new,
+    )

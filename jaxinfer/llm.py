@@ -1,0 +1,170 @@
+"""The engine without a server: load a model, give it prompts, get text."""
+
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxinfer import compile as programs_of
+from jaxinfer import config as settings
+from jaxinfer import weights
+from jaxinfer.config import Config, ModelConfig
+from jaxinfer.engine import Engine
+from jaxinfer.host.request import (
+    JAXINFER_DEFAULTS,
+    EngineStats,
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+    Timings,
+)
+from jaxinfer.text.tokenizer import Tokenizer
+
+Prompt = str | Items[int]
+Messages = Items[Mapping[str, Any]]
+
+
+class LoadedEngine(NamedTuple):
+    """An engine that is ready, and what its edge needs to know."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    model: ModelConfig
+    name: str
+    defaults: SamplingParams  # what a request means where it says nothing; only the seed is unset
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    """The parameters that were used: nothing is unset but, perhaps, max_tokens."""
+    timings: Timings
+    error: str = ""
+
+
+class LLM:
+    """A model that answers in this process. One thread at a time.
+
+        llm = LLM("smollm2-135m")
+        print(llm.generate(["The sky is"], SamplingParams(max_tokens=16))[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        config: Config | None = None,
+        progress: programs_of.Progress = lambda stage, done, total: None,
+    ) -> None:
+        config = config or Config()
+        self.config = config if model is None else replace(config, model=model)
+        loaded = load_engine(self.config, progress=progress)
+        self.engine, self.tokenizer, self.model, self.name, self.defaults = loaded
+        self._names = (f"llm-{number}" for number in itertools.count())
+
+    def generate(
+        self, prompts: Prompt | Items[Prompt], sampling: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Continues each prompt, text or token ids, all of them batched; in the order given."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        return self._finish([self._request(self._ids(prompt), sampling) for prompt in prompts])
+
+    def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, **template: Any
+    ) -> Completion:
+        """Answers a conversation: [{"role": "user", "content": "..."}]."""
+        prompt = self.tokenizer.encode_chat(messages, **template)
+        return self._finish([self._request(prompt, sampling)])[0]
+
+    def stream(
+        self, prompt: Prompt | Messages, sampling: SamplingParams | None = None
+    ) -> Iterator[Output]:
+        """Yields what each step brings for one prompt or conversation; closing it cancels."""
+        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+        ids = self.tokenizer.encode_chat(prompt) if is_chat else self._ids(prompt)
+        request = self._request(ids, sampling)
+        self.engine.submit(request)
+        ended = False
+        try:
+            while not ended:
+                for output in self.engine.step():
+                    ended = output.finish_reason is not None
+                    yield output
+        finally:
+            if not ended:
+                self.engine.cancel(request.request_id)
+                self._run_dry()
+
+    def stats(self) -> EngineStats:
+        """Counts since the model was loaded."""
+        return self.engine.stats()
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _request(self, prompt: list[int], sampling: SamplingParams | None) -> Request:
+        effective = (sampling or SamplingParams()).or_else(self.defaults)
+        if effective.seed is None:
+            effective = replace(effective, seed=secrets.randbits(64))
+        return Request(next(self._names), tuple(prompt), effective)
+
+    def _finish(self, requests: list[Request]) -> list[Completion]:
+        parts: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            self._run_dry(parts)
+        finally:
+            for request in requests:
+                self.engine.cancel(request.request_id)
+            self._run_dry()
+        return [_completion(request, parts[request.request_id]) for request in requests]
+
+    def _run_dry(self, parts: dict[str, list[Output]] | None = None) -> None:
+        while self.engine.has_work:
+            for output in self.engine.step():
+                if parts is not None:
+                    parts[output.request_id].append(output)
+
+
+def load_engine(
+    config: Config, *, progress: programs_of.Progress = lambda stage, done, total: None
+) -> LoadedEngine:
+    """Loads a model and builds its engine: every program is compiled when this returns."""
+    programs_of.use_compilation_cache(settings.cache_dir() / "programs")
+    checkpoint = weights.load(config.model, dtype=config.engine.compute_dtype, progress=progress)
+    tokenizer = Tokenizer(checkpoint.text)
+    engine = Engine(
+        checkpoint.params, checkpoint.config, tokenizer, config.engine, progress=progress
+    )
+    jax.block_until_ready(checkpoint.params)
+    defaults = checkpoint.sampling.or_else(JAXINFER_DEFAULTS)
+    return LoadedEngine(engine, tokenizer, checkpoint.config, checkpoint.name, defaults)
+
+
+def _completion(request: Request, outputs: list[Output]) -> Completion:
+    last = outputs[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(value for output in outputs for value in output.logprobs),
+        finish_reason=last.finish_reason,
+        num_prompt_tokens=last.num_prompt_tokens,
+        sampling=request.sampling,
+        timings=last.timings,
+        error=last.error,
+    )

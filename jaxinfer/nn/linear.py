@@ -1,0 +1,39 @@
+"""Matrix products with weights: the one place that knows what kinds of leaf there are."""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxinfer.config import MIN_ROWS
+from jaxinfer.dims import Leaf
+
+
+def project(
+    x: Float[Array, "..."], weight: Leaf, bias: Leaf | None = None, *, contract: int = 1
+) -> Float[Array, "..."]:
+    """Multiplies the last `contract` axes of x with the last ones of `weight`; returns float32.
+
+    Weights lie output-first ([..., N, K]), x is rounded to their dtype, and the sum is float32.
+    Fewer than MIN_ROWS rows are padded up to it: below, XLA:CPU leaves its fast path and a row's
+    bits change with the row count.
+    """
+    lead = x.shape[: x.ndim - contract]
+    inner = math.prod(x.shape[x.ndim - contract :])
+    rows = math.prod(lead)
+    flat = x.reshape(rows, inner).astype(weight.dtype)
+    if rows < MIN_ROWS:
+        flat = jnp.pad(flat, ((0, MIN_ROWS - rows), (0, 0)))
+    out_shape = weight.shape[: weight.ndim - contract]
+    table = weight.reshape(math.prod(out_shape), inner)
+    out = lax.dot_general(
+        flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    out = out[:rows].reshape(*lead, *out_shape)
+    return out if bias is None else out + bias.astype(jnp.float32)
+
+
+def embed(table: Leaf, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The rows of `table` for some token ids, in float32."""
+    return table[tokens].astype(jnp.float32)

@@ -1,0 +1,32 @@
+"""The gated feed-forward layer."""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.dims import Leaf
+from jaxinfer.nn.linear import project
+from jaxinfer.spec import ArraySpec
+
+
+class Mlp(NamedTuple):
+    """Gate and up lie in one array, so that one matmul reads both."""
+
+    gate_up: Leaf  # [2, F, D]
+    down: Leaf  # [D, F]
+
+
+def spec(config: ModelConfig) -> Mlp:
+    """Describes the parameters."""
+    return Mlp(
+        gate_up=ArraySpec((2, config.d_ff, config.d_model), (None, "ffw", "embed")),
+        down=ArraySpec((config.d_model, config.d_ff), ("embed", "ffw")),
+    )
+
+
+def apply(params: Mlp, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    both = project(x, params.gate_up)
+    return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], params.down)

@@ -1,0 +1,161 @@
+"""The engine on a thread of its own: requests in from any thread, outputs out once a step."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from jaxinfer.errors import Draining, EngineFailed, InvalidRequest, QueueFull
+from jaxinfer.host.request import (
+    EngineStats,
+    FinishReason,
+    Limits,
+    Output,
+    Request,
+    check_request,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Steps(Protocol):
+    """What a thread needs of an engine."""
+
+    limits: Limits
+
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def max_waiting(self) -> int: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def step(self) -> list[Output]: ...
+    def stats(self) -> EngineStats: ...
+
+
+class EngineThread:
+    """Runs an engine's steps for as long as there is work.
+
+    `deliver` is called on the engine's thread, once a step, with the outputs of all requests in it.
+    """
+
+    def __init__(self, engine: Steps, deliver: Callable[[list[Output]], None]) -> None:
+        self.limits = engine.limits
+        self._engine = engine
+        self._deliver = deliver
+        self._wake = threading.Condition()
+        self._inbox: deque[Request | str] = deque()  # a request to submit, an id to cancel
+        self._num_inbox_requests = 0
+        self._live: set[str] = set()
+        self._is_draining = False
+        self._is_stopping = False
+        self._stats = engine.stats()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether steps still run."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begins to step."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Hands a request over; raises InvalidRequest, QueueFull or Draining at once."""
+        check_request(request, self.limits)
+        with self._wake:
+            if self._is_draining or self._is_stopping:
+                raise Draining("the server is stopping and takes no new requests")
+            if not self._thread.is_alive():
+                raise Draining("the engine has stopped and takes no new requests")
+            waiting = self._engine.num_waiting + self._num_inbox_requests
+            if waiting >= self._engine.max_waiting:
+                raise QueueFull(
+                    f"{waiting} requests are waiting, the bound (engine.max_waiting); "
+                    "try again later"
+                )
+            if request.request_id in self._live:
+                raise InvalidRequest(
+                    f"request_id {request.request_id!r} is in use by a live request",
+                    field="request_id",
+                )
+            self._inbox.append(request)
+            self._num_inbox_requests += 1
+            self._live.add(request.request_id)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Asks for a request to end; it ends within one step, with CANCELLED."""
+        with self._wake:
+            self._inbox.append(request_id)
+            self._wake.notify()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and waits for what runs; False where some was left at the end."""
+        with self._wake:
+            self._is_draining = True
+            return self._wake.wait_for(lambda: not self._live, timeout=timeout_s)
+
+    def stop(self) -> None:
+        """Ends the thread after the step under way; live requests end with CANCELLED."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> EngineStats:
+        """The engine's counts after its last step."""
+        return self._stats
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._take_inbox()
+                self._give(self._engine.step())
+        except Exception as error:  # barrier: whatever killed the engine, no client may hang
+            log.exception("the engine stopped")
+            self._give_up(error)
+        else:
+            self._give_up(None)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._inbox or self._engine.has_work or self._is_stopping):
+                self._wake.wait()
+            return not self._is_stopping
+
+    def _take_inbox(self) -> None:
+        with self._wake:
+            inbox, self._inbox = self._inbox, deque()
+            self._num_inbox_requests = 0
+        for entry in inbox:
+            if isinstance(entry, Request):
+                self._engine.submit(entry)
+            else:
+                self._engine.cancel(entry)
+
+    def _give(self, outputs: list[Output]) -> None:
+        self._stats = self._engine.stats()
+        if outputs:
+            self._deliver(outputs)
+        ended = {output.request_id for output in outputs if output.finish_reason is not None}
+        if ended:
+            with self._wake:
+                self._live -= ended
+                self._wake.notify_all()
+
+    def _give_up(self, error: Exception | None) -> None:
+        """Ends every live request, so that nobody waits for an engine that is gone."""
+        with self._wake:
+            self._is_stopping = True
+            left = sorted(self._live)
+        reason = FinishReason.CANCELLED if error is None else FinishReason.ERROR
+        text = str(error) if isinstance(error, EngineFailed) else "the engine stopped"
+        self._give(
+            [Output(name, (), (), "", reason, error="" if error is None else text) for name in left]
+        )
