@@ -9,8 +9,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,12 +33,25 @@ from jaxinfer.host.request import (
 from jaxinfer.host.scheduler import Plan, Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import StepOutput
-from jaxinfer.text.stream import TextStream
-from jaxinfer.text.tokenizer import Tokenizer
 
 MAX_RECOVERIES_IN_A_ROW = 3
 _PROMPT_TAIL = 8  # tokens of the prompt that may change how the first new one reads
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Tokens in, text out: text.stream.TextStream."""
+
+    def push(self, token_id: int, /) -> Any: ...
+    def finish(self) -> str: ...
+
+
+@runtime_checkable
+class MakesStreams(Protocol):
+    """What an engine needs of a tokenizer: text.tokenizer.Tokenizer."""
+
+    def stream(self, prompt_tail: Items[int] = ..., stop: tuple[str, ...] = ...) -> Stream: ...
 
 
 class _UnderWay(NamedTuple):
@@ -53,7 +67,7 @@ class _Live:
     """What the engine knows of a request beside its sequence."""
 
     sequence: Sequence
-    stream: TextStream
+    stream: Stream
     timings: Timings
     stop: str | int | None = None
     error: str = ""
@@ -68,7 +82,7 @@ class Engine:
         self,
         params: Any,
         model: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: MakesStreams,
         config: EngineConfig,
         *,
         clock: Callable[[], float] = time.monotonic,

@@ -114,12 +114,12 @@ def _from_candidates(
     drawn = jnp.argmax(jnp.where(kept, candidates.logits + noise, -jnp.inf), axis=-1)
     is_greedy = batch.temperature == 0
     drawn = jnp.where(is_greedy, 0, drawn)
-    is_decided = (
-        is_greedy
-        | ((batch.top_k > 0) & (batch.top_k <= width))
-        | ((batch.top_k == 0) & (reached[:, -1] >= batch.top_p * mass[:, 0]) & (batch.top_p < 1))
-        | (weights[:, -1] < batch.min_p)
-    )
+    # Past the last candidate nothing is kept if a cut comes before it; top_p needs the right mass.
+    has_mass = batch.top_k <= width
+    is_cut_by_top_p = has_mass & (batch.top_p < 1) & (reached[:, -1] >= batch.top_p * mass[:, 0])
+    is_cut_by_min_p = (has_mass | (batch.top_p == 1)) & (weights[:, -1] < batch.min_p)
+    is_cut_by_top_k = (batch.top_k > 0) & (batch.top_k <= width)
+    is_decided = is_greedy | is_cut_by_top_k | is_cut_by_top_p | is_cut_by_min_p
     return jnp.take_along_axis(candidates.ids, drawn[:, None], axis=1)[:, 0], is_decided
 
 

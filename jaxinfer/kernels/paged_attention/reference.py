@@ -78,7 +78,7 @@ def paged_attention(
         one_block,
         empty,
     )
-    out_KBRH = jnp.where(softmax.total > 0, softmax.out / softmax.total, 0.0)
+    out_KBRH = jnp.where(softmax.total == 0, 0.0, softmax.out / softmax.total)
     out = out_KBRH[:, :, : num_queries * group].reshape(
         num_kv_heads, rows, num_queries, group, head_dim
     )

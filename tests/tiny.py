@@ -1,0 +1,140 @@
+"""A tiny random model, and the shortest ways to run it: shared by the tests of steps and engine."""
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import models, spec
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.engine import Engine
+from jaxinfer.host.request import JAXINFER_DEFAULTS, Output, Request, SamplingParams
+
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=256,
+    num_layers=2,
+    d_model=64,
+    d_ff=128,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=512,
+    eos_token_ids=(0,),
+)
+
+
+class _Said(NamedTuple):
+    text: str
+    stop: str | None
+
+
+class TokenText:
+    """Stands in for a tokenizer: token 7 reads "<7>"."""
+
+    def stream(self, prompt_tail: Any = (), stop: tuple[str, ...] = ()) -> "TokenText":
+        copy = TokenText()
+        copy.stops = stop
+        return copy
+
+    def push(self, token: int) -> _Said:
+        text = f"<{token}>"
+        found = next((stop for stop in self.stops if stop in text), None)
+        return _Said("" if found else text, found)
+
+    def finish(self) -> str:
+        return ""
+
+
+def engine_config(**changes: Any) -> EngineConfig:
+    """Small chunks and pages, so that short prompts cross many edges."""
+    plain: dict[str, Any] = {
+        "max_seq_len": 256,
+        "prefill_chunks": (8, 16, 64),
+        "compute_dtype": "float32",
+        "attention_block": 32,
+    }
+    return EngineConfig(**(plain | changes))
+
+
+@functools.cache
+def params(dtype: str = "float32", model: ModelConfig = MODEL) -> Any:
+    """Weights large enough for logits that differ from token to token."""
+    tree = spec.initialise(models.module_of(model).spec(model), jax.random.key(0), jnp.float32)
+    return jax.tree.map(lambda leaf: (3 * leaf).astype(dtype), tree)
+
+
+def make_engine(**changes: Any) -> Engine:
+    config = engine_config(**changes)
+    return Engine(params(config.compute_dtype), MODEL, TokenText(), config)
+
+
+def make_request(name: str, prompt: Any, **sampling: Any) -> Request:
+    plain = {"temperature": 0.0, "max_tokens": 16, "seed": 0, "ignore_eos": True} | sampling
+    return Request(name, tuple(prompt), SamplingParams(**plain).or_else(JAXINFER_DEFAULTS))
+
+
+def random_requests(
+    count: int, *, seed: int, max_prompt: int = 150, max_tokens: int = 60
+) -> list[Request]:
+    """Mixed lengths and every sampling path: greedy, candidates, whole vocabulary."""
+    rng = random.Random(seed)
+    return [
+        make_request(
+            f"r{number}",
+            [rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, max_prompt))],
+            temperature=rng.choice([0.0, 0.0, 0.7, 1.0]),
+            top_k=rng.choice([0, 5, 100]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
+            seed=rng.randrange(2**64),
+            max_tokens=rng.randint(1, max_tokens),
+        )
+        for number in range(count)
+    ]
+
+
+class Answer(NamedTuple):
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    last: Output
+
+
+def run(
+    engine: Engine,
+    requests: list[Request],
+    *,
+    each_step: Callable[[int, list[Output]], None] = lambda number, outputs: None,
+    arrivals_per_step: int = 1000,
+) -> dict[str, Answer]:
+    """Feeds requests to an engine and steps it until it is empty."""
+    parts: dict[str, list[Output]] = {}
+    left, number = list(requests), 0
+    while left or engine.has_work:
+        for request in left[:arrivals_per_step]:
+            engine.submit(request)
+        del left[:arrivals_per_step]
+        outputs = engine.step()
+        for output in outputs:
+            parts.setdefault(output.request_id, []).append(output)
+        engine.check_integrity()
+        each_step(number, outputs)
+        number += 1
+        assert number < 100_000, "the engine makes no progress"
+    return {name: _answer(outputs) for name, outputs in parts.items()}
+
+
+def _answer(outputs: list[Output]) -> Answer:
+    assert [output.finish_reason is None for output in outputs] == [True] * (len(outputs) - 1) + [
+        False
+    ], "a request must end exactly once, with its last output"
+    return Answer(
+        tuple(token for output in outputs for token in output.token_ids),
+        tuple(value for output in outputs for value in output.logprobs),
+        "".join(output.text for output in outputs),
+        outputs[-1],
+    )
