@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxinfer.errors import Draining, EngineFailed, InvalidRequest, QueueFull
 from jaxinfer.host.request import (
@@ -19,6 +19,7 @@ from jaxinfer.host.request import (
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What a thread needs of an engine."""
 

@@ -1,0 +1,148 @@
+"""The engine's thread: nobody hangs, whatever the engine does."""
+
+import threading
+import time
+
+import pytest
+
+from jaxinfer.errors import Draining, InvalidRequest, QueueFull
+from jaxinfer.host.request import EngineStats, FinishReason, Limits, Output
+from jaxinfer.runner import EngineThread
+from tests import tiny
+
+
+class FakeEngine:
+    """Gives each live request one token a step, for three steps."""
+
+    limits = Limits(vocab_size=256, max_seq_len=64)
+    max_waiting = 4
+
+    def __init__(self, *, fails_at=None):
+        self.live = {}
+        self.ended = []
+        self.steps = 0
+        self.fails_at = fails_at
+        self.gate = threading.Event()
+        self.gate.set()
+
+    has_work = property(lambda self: bool(self.live or self.ended))
+    num_waiting = property(lambda self: len(self.live))
+
+    def submit(self, request):
+        self.live[request.request_id] = 0
+
+    def cancel(self, name):
+        if self.live.pop(name, None) is not None:
+            self.ended.append(Output(name, (), (), "", FinishReason.CANCELLED))
+
+    def step(self):
+        self.gate.wait(10)
+        self.steps += 1
+        if self.steps == self.fails_at:
+            raise RuntimeError("planted")
+        outputs, self.ended = self.ended, []
+        for name in list(self.live):
+            self.live[name] += 1
+            ended = FinishReason.LENGTH if self.live[name] == 3 else None
+            outputs.append(Output(name, (7,), (0.0,), "x", ended))
+            if ended:
+                del self.live[name]
+        return outputs
+
+    def stats(self):
+        return EngineStats(*[0] * 13, 0.0, 0.0)
+
+
+@pytest.fixture
+def started():
+    threads = []
+
+    def start(engine):
+        outputs = []
+        thread = EngineThread(engine, outputs.append)
+        thread.start()
+        threads.append(thread)
+        return thread, outputs
+
+    yield start
+    for thread in threads:
+        thread.stop()
+        assert not thread.alive
+
+
+def wait_for(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited 5 s in vain")
+
+
+def ends(batches):
+    return {one.request_id: one.finish_reason for batch in batches for one in batch if one.finish_reason}
+
+
+def test_delivers_once_a_step_and_sleeps_without_work(started):
+    engine = FakeEngine()
+    thread, batches = started(engine)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: "a" in ends(batches))
+    assert [len(batch) for batch in batches] == [1, 1, 1]
+    steps = engine.steps
+    time.sleep(0.05)
+    assert engine.steps == steps
+
+
+def test_refuses_bad_duplicate_and_too_many_requests(started):
+    engine = FakeEngine()
+    engine.gate.clear()
+    thread, batches = started(engine)
+    with pytest.raises(InvalidRequest):
+        thread.submit(tiny.make_request("empty", []))
+    thread.submit(tiny.make_request("a", [1]))
+    with pytest.raises(InvalidRequest, match="in use"):
+        thread.submit(tiny.make_request("a", [1]))
+    with pytest.raises(QueueFull, match="max_waiting"):
+        for number in range(9):
+            thread.submit(tiny.make_request(f"q{number}", [1]))
+    engine.gate.set()
+    wait_for(lambda: len(ends(batches)) == 4)
+
+
+def test_drain_finishes_what_runs_and_takes_nothing_new(started):
+    thread, batches = started(FakeEngine())
+    thread.submit(tiny.make_request("a", [1]))
+    assert thread.drain(5.0)
+    assert ends(batches) == {"a": FinishReason.LENGTH}
+    with pytest.raises(Draining):
+        thread.submit(tiny.make_request("b", [1]))
+
+
+def test_drain_gives_up_after_its_time(started):
+    engine = FakeEngine()
+    engine.gate.clear()
+    thread, batches = started(engine)
+    thread.submit(tiny.make_request("a", [1]))
+    assert not thread.drain(0.05)
+    engine.gate.set()
+    wait_for(lambda: "a" in ends(batches))
+
+
+def test_stop_cancels_what_is_left(started):
+    engine = FakeEngine()
+    engine.gate.clear()
+    thread, batches = started(engine)
+    thread.submit(tiny.make_request("a", [1]))
+    threading.Timer(0.05, engine.gate.set).start()
+    thread.stop()
+    assert ends(batches) in ({"a": FinishReason.CANCELLED}, {"a": FinishReason.LENGTH})
+
+
+def test_an_engine_that_dies_ends_every_request(started):
+    thread, batches = started(FakeEngine(fails_at=2))
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: not thread.alive)
+    assert ends(batches) == {"a": FinishReason.ERROR}
+    assert "planted" not in batches[-1][0].error
+    with pytest.raises(Draining):
+        thread.submit(tiny.make_request("b", [1]))
