@@ -90,6 +90,11 @@ def build(
     return programs
 
 
+def compile_function(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
+    """Compiles a function of arrays for arguments like these, nothing donated."""
+    return jax.jit(function).lower(*map(_abstract_leaf, examples)).compile()
+
+
 def num_compiles() -> int:
     """Programs that XLA compiled, or fetched from its cache, in this process so far."""
     return len(_compile_seconds)

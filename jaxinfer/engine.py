@@ -92,7 +92,7 @@ class Engine:
         self.model = model
         self.limits = Limits(model.vocab_size, config.max_seq_len, model.eos_token_ids)
         self.programs: Programs = programs_of.build(params, model, config, progress=progress)
-        self._params = params
+        self.params = params
         self._tokenizer = tokenizer
         self._clock = clock
         self._cache = programs_of.make_cache(model, config)
@@ -185,6 +185,13 @@ class Engine:
             wait_s=self._wait_s,
         )
 
+    def run_program(self, shape: Shape, packed: np.ndarray) -> StepOutput:
+        """Dispatches one program on a packed batch, without the scheduler's knowledge."""
+        self._cache, output = self.programs[shape].run(self.params, self._cache, packed)
+        for part in output:
+            part.copy_to_host_async()
+        return output
+
     def check_integrity(self) -> None:
         """Asserts that pages, slots and requests add up."""
         self._scheduler.check_integrity()
@@ -205,24 +212,18 @@ class Engine:
         outputs, rows = [], []
         for chunk in plan.chunks:
             shape = Shape("prefill", 1, chunk.size)
-            output = self._run(shape, self._table.chunk(chunk))
+            output = self.run_program(shape, self._table.chunk(chunk))
             self._counts["prefill"] += chunk.length
             if chunk.is_last:
                 outputs.append(output)
                 rows.append(1)
         if plan.decodes:
             packed = self._table.decode(plan.decodes)
-            outputs.append(self._run(Shape("decode", len(packed), 1), packed))
+            outputs.append(self.run_program(Shape("decode", len(packed), 1), packed))
             rows.append(len(plan.decodes))
         self._counts["steps"] += 1
         self._under_way.append(_UnderWay(plan, tuple(outputs), tuple(rows)))
         return True
-
-    def _run(self, shape: Shape, packed: np.ndarray) -> StepOutput:
-        self._cache, output = self.programs[shape].run(self._params, self._cache, packed)
-        for part in output:
-            part.copy_to_host_async()
-        return output
 
     def _read(self, under_way: _UnderWay) -> list[_Live]:
         """Waits for a step, commits its tokens, and says whom they belong to."""

@@ -1,0 +1,1 @@
+"""Measurements: floors first, then times against them, all in one run."""
