@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,8 @@ class CacheConfig:
     """Tokens in one page."""
     num_pages: int = 0
     """Pages in the pool, without the trash page; 0 gives every slot its longest sequence."""
+    prefix: bool = True
+    """Keep the pages of finished requests for others that begin the same way."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class EngineConfig:
         """Entries of a page table row: whole attention blocks that cover max_seq_len."""
         blocks = -(-self.max_seq_len // self.attention_block)
         return blocks * (self.attention_block // self.cache.page_size)
+
+    @property
+    def prefix_step(self) -> int:
+        """A cached prefix ends at a multiple of this many tokens: a chunk edge, and a page edge."""
+        return math.lcm(self.prefill_chunks[0], self.cache.page_size)
 
     @property
     def num_pages(self) -> int:

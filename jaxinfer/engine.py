@@ -141,6 +141,10 @@ class Engine:
         if request_id in self._live:
             self._end(self._live[request_id], FinishReason.CANCELLED)
 
+    def flush_prefix_cache(self) -> int:
+        """Forgets every cached prefix; returns how many pages that were."""
+        return self._scheduler.prefix.flush()
+
     def step(self) -> list[Output]:
         """Dispatches one step and reads the one before it; returns what each request got.
 
@@ -167,12 +171,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts since the engine was built."""
         scheduler, pool = self._scheduler, self._scheduler.pool
+        prefix = scheduler.prefix.stats()
         return EngineStats(
             num_slots=self.config.num_slots,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_pages=pool.num_pages,
-            num_free_pages=pool.num_free,
+            num_free_pages=pool.num_available,
             peak_pages_used=pool.peak_owned,
             num_steps=self._counts["steps"],
             num_prefill_tokens=self._counts["prefill"],
@@ -183,6 +188,9 @@ class Engine:
             num_compiles_after_start=programs_of.num_compiles() - self._num_compiles_at_start,
             host_s=self._host_s,
             wait_s=self._wait_s,
+            num_queried_tokens=prefix.num_queried_tokens,
+            num_cached_tokens=prefix.num_hit_tokens,
+            num_evicted_pages=prefix.num_evicted_pages,
         )
 
     def run_program(self, shape: Shape, packed: np.ndarray) -> StepOutput:
@@ -203,12 +211,12 @@ class Engine:
         self._scheduler.begin(plan)
         if plan.is_empty:
             return False
-        for sequence, _ in plan.admit:
-            self._table.admit(sequence)
-            self._set_timing(sequence, "scheduled_s")
-        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
-            if sequence.order in plan.num_pages:
-                self._table.grow(sequence)
+        for admission in plan.admit:
+            self._table.admit(admission.sequence)
+            self._set_timing(admission.sequence, "scheduled_s")
+        for stored in plan.stored:
+            if stored.sequence.order in plan.num_pages:
+                self._table.grow(stored.sequence)
         outputs, rows = [], []
         for chunk in plan.chunks:
             shape = Shape("prefill", 1, chunk.size)
@@ -233,6 +241,7 @@ class Engine:
             tokens += np.asarray(output.tokens)[:rows].tolist()
             logprobs += np.asarray(output.logprobs)[:rows].tolist()
         self._wait_s += self._clock() - before
+        self._scheduler.retire(under_way.plan, tokens)
         touched = []
         sampled = zip(under_way.plan.sampled, tokens, logprobs, strict=True)
         for sequence, token, logprob in sampled:
@@ -294,6 +303,7 @@ class Engine:
             num_prompt_tokens=len(sequence.request.prompt),
             num_output_tokens=len(sequence.tokens) - len(sequence.request.prompt),
             num_preemptions=sequence.num_preemptions,
+            num_cached_tokens=sequence.num_cached,
             timings=live.timings,
         )
 

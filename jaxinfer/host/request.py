@@ -86,6 +86,10 @@ class Request:
     sampling: SamplingParams
     priority: int = 0
     """Lower goes first; equal ones in order of arrival."""
+    salt: str = ""
+    """Only requests with the same salt share cached prefixes."""
+    use_prefix_cache: bool = True
+    """False neither reads nor leaves anything in the prefix cache."""
     deadline_s: float | None = None
     """On the engine's clock; past it the request ends with DEADLINE."""
 
@@ -126,6 +130,8 @@ class Output:
     num_output_tokens: int = 0
     """So far, this output's tokens included."""
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     timings: Timings = Timings(0.0)
 
 
@@ -150,6 +156,11 @@ class EngineStats:
     """Seconds of Python in all steps together: planning, packing, committing, text."""
     wait_s: float
     """Seconds in which the host only waited for the device."""
+    num_queried_tokens: int = 0
+    """Prompt tokens that were looked up in the prefix cache."""
+    num_cached_tokens: int = 0
+    """Of these, found."""
+    num_evicted_pages: int = 0
 
 
 def check_request(request: Request, limits: Limits) -> None:

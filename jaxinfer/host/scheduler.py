@@ -4,16 +4,19 @@ One engine step runs some prefill chunks and then one decode of every sequence t
 
     plan()                     what to run next, given what is under way
     begin(plan)                books it: slots, pages, stored and pending tokens
+    retire(plan, tokens)       the step has returned: its full pages may be shared
     commit(sequence, token)    a sampled token is known: extends or finishes its sequence
 
-With overlap, plan and begin of step n+1 come before the commits of step n.
+With overlap, plan and begin of step n+1 come before retire and commit of step n.
 """
 
 import bisect
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
+from jaxinfer.host.prefix import PrefixCache
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
 
@@ -28,14 +31,31 @@ class Chunk(NamedTuple):
     is_last: bool  # the token after it is sampled
 
 
+class Admission(NamedTuple):
+    """A slot for a sequence, and the cached pages that it begins with."""
+
+    sequence: Sequence
+    slot: int
+    shared: tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """How far a sequence's tokens are in pages once the step has returned."""
+
+    sequence: Sequence
+    num_stored: int
+    num_preemptions: int  # when it was planned: a later one makes this void
+
+
 class Plan(NamedTuple):
     """One step, decided."""
 
     preempt: tuple[Sequence, ...]
-    admit: tuple[tuple[Sequence, int], ...]  # with the slot of each
+    admit: tuple[Admission, ...]
     chunks: tuple[Chunk, ...]
     decodes: tuple[Sequence, ...]
     num_pages: dict[int, int]  # arrival order -> pages that the sequence then has
+    stored: tuple[Stored, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -52,9 +72,12 @@ class Plan(NamedTuple):
 class Scheduler:
     """First come, first served within a priority, into a fixed number of slots."""
 
-    def __init__(self, config: EngineConfig, *, eos_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, config: EngineConfig, *, eos_token_ids: tuple[int, ...] = (), model: str = ""
+    ) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
+        self.prefix = PrefixCache(self.pool, page_size=config.cache.page_size, namespace=model)
         self.waiting: list[Sequence] = []  # by rank
         self.slots: list[Sequence | None] = [None] * config.num_slots
         self.num_preemptions = 0
@@ -94,7 +117,7 @@ class Scheduler:
                 draft.decode(sequence)
         for sequence in self.running:
             if sequence.is_prefilling:
-                draft.prefill(sequence)
+                draft.prefill(sequence, start=sequence.num_stored)
         for sequence in self.waiting:
             if not draft.admit(sequence):
                 break
@@ -104,11 +127,8 @@ class Scheduler:
         """Books a plan: from here on its effects count as done."""
         for sequence in plan.preempt:
             self._preempt(sequence)
-        for sequence, slot in plan.admit:
-            self.waiting.remove(sequence)
-            self.slots[slot] = sequence
-            sequence.slot = slot
-            sequence.num_to_prefill = len(sequence.tokens)
+        for admission in plan.admit:
+            self._admit(admission)
         live = {sequence.order: sequence for sequence in self.running}
         for order, count in plan.num_pages.items():
             pages = live[order].pages
@@ -120,6 +140,15 @@ class Scheduler:
             sequence.num_stored += 1
             sequence.num_pending += 1
 
+    def retire(self, plan: Plan, tokens: Items[int]) -> None:
+        """The step has returned with these tokens: what it wrote may be shared from now on."""
+        broken = [one for one, token in zip(plan.sampled, tokens, strict=True) if token < 0]
+        for sequence, num_stored, num_preemptions in plan.stored:
+            is_held = sequence.finish_reason is None and sequence.slot is not None
+            if is_held and sequence.num_preemptions == num_preemptions and sequence not in broken:
+                sequence.num_written = num_stored
+                self._publish(sequence)
+
     def commit(self, sequence: Sequence, token: int) -> bool:
         """Takes in one sampled token, in the order of plan.sampled; False where it doesn't count.
 
@@ -130,6 +159,7 @@ class Scheduler:
             return False
         sequence.num_pending -= 1
         if token < 0:
+            self.prefix.forget(sequence.pages)
             self.finish(sequence, FinishReason.ERROR)
             return False
         sequence.tokens.append(token)
@@ -155,11 +185,13 @@ class Scheduler:
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
+        self.prefix.flush()
 
     def check_integrity(self) -> None:
         """Asserts that pages, slots and lines add up."""
         running = self.running
-        self.pool.check_integrity(page for sequence in running for page in sequence.pages)
+        owned = [page for sequence in running for page in sequence.pages]
+        self.pool.check_integrity(owned, self.prefix.pages)
         for slot, sequence in enumerate(self.slots):
             assert sequence is None or sequence.slot == slot
         for sequence in self.waiting:
@@ -169,6 +201,7 @@ class Scheduler:
         for sequence in running:
             held = len(sequence.pages) * self.config.cache.page_size
             assert sequence.num_stored <= held, f"{sequence.num_stored} tokens in {held} places"
+            assert sequence.num_written <= sequence.num_stored
 
     def _can_extend(self, sequence: Sequence, num_outputs: int) -> bool:
         """Whether the sequence may get one more token after `num_outputs`."""
@@ -189,10 +222,58 @@ class Scheduler:
             return FinishReason.CONTEXT
         return None
 
+    def cached_pages(self, sequence: Sequence) -> tuple[int, ...]:
+        """The known pages that the sequence can begin with; its last token is always stored anew.
+
+        They end at a multiple of `prefix_step`, so that the chunks after them begin at an edge.
+        """
+        if not (self.config.cache.prefix and sequence.request.use_prefix_cache):
+            return ()
+        step, size = self.config.prefix_step, self.config.cache.page_size
+        pages = self.prefix.match(sequence.tokens, self._digests(sequence))
+        num_tokens = min(len(pages) * size, len(sequence.tokens) - 1) // step * step
+        return tuple(pages[: num_tokens // size])
+
+    def _admit(self, admission: Admission) -> None:
+        sequence, slot, shared = admission
+        self.waiting.remove(sequence)
+        self.slots[slot] = sequence
+        self.pool.share(shared)
+        num_shared = len(shared) * self.config.cache.page_size
+        sequence.slot = slot
+        sequence.pages = list(shared)
+        sequence.num_to_prefill = len(sequence.tokens)
+        sequence.num_stored = sequence.num_written = num_shared
+        sequence.num_published = len(shared)
+        if not sequence.num_preemptions:
+            sequence.num_cached = num_shared
+            self.prefix.count(queried=len(sequence.tokens), hits=num_shared)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offers the sequence's full, written pages to the prefix cache."""
+        if not (self.config.cache.prefix and sequence.request.use_prefix_cache):
+            return
+        size = self.config.cache.page_size
+        num_full = min(sequence.num_written, len(sequence.tokens)) // size
+        if num_full == sequence.num_published:
+            return
+        digests = self._digests(sequence)
+        for place in range(sequence.num_published, num_full):
+            tokens = sequence.tokens[place * size : (place + 1) * size]
+            self.prefix.publish(sequence.pages[place], tokens, digests[place])
+        sequence.num_published = num_full
+
+    def _digests(self, sequence: Sequence) -> list[bytes]:
+        if len(sequence.digests) < len(sequence.tokens) // self.config.cache.page_size:
+            sequence.digests = self.prefix.digests(
+                sequence.tokens, salt=sequence.request.salt, done=sequence.digests
+            )
+        return sequence.digests
+
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line; its tokens are kept and stored anew when its turn comes."""
         self._free(sequence)
-        sequence.num_stored = 0
+        sequence.num_stored = sequence.num_written = sequence.num_published = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
@@ -212,11 +293,12 @@ class _Draft:
         self._scheduler = scheduler
         self._config = scheduler.config
         self._running = scheduler.running
-        self._free_pages = scheduler.pool.num_free
+        self._free_pages = scheduler.pool.num_available
+        self._revived: list[int] = []  # idle pages that an admission takes over
         self._free_slots = [slot for slot, held in enumerate(scheduler.slots) if held is None]
         self._prefill_budget = scheduler.config.max_prefill_tokens
         self._preempt: list[Sequence] = []
-        self._admit: list[tuple[Sequence, int]] = []
+        self._admit: list[Admission] = []
         self._chunks: list[Chunk] = []
         self._decodes: list[Sequence] = []
         self._num_pages: dict[int, int] = {}
@@ -226,9 +308,8 @@ class _Draft:
         if sequence not in self._preempt and self._hold(sequence, sequence.total_len):
             self._decodes.append(sequence)
 
-    def prefill(self, sequence: Sequence) -> None:
+    def prefill(self, sequence: Sequence, *, start: int) -> None:
         """The next chunks of a sequence that holds a slot, as far as the bound allows."""
-        start = sequence.num_stored
         while start < len(sequence.tokens) and sequence not in self._preempt:
             chunk = self._chunk(sequence, start)
             if not self._has_budget(chunk.size) or not self._hold(sequence, start + chunk.length):
@@ -241,15 +322,21 @@ class _Draft:
 
     def admit(self, sequence: Sequence) -> bool:
         """A slot for the first in line, if its tokens fit beside all others; else nobody's turn."""
-        chunk = self._chunk(sequence, 0)
-        needed = self._pages_for(len(sequence.tokens) + 1)
         if self._preempt or sequence.num_pending or not self._free_slots:
             return False
-        if needed > self._free_pages or not self._has_budget(chunk.size):
+        shared = self._scheduler.cached_pages(sequence)
+        start = len(shared) * self._config.cache.page_size
+        is_idle = self._scheduler.pool.is_idle
+        revived = [page for page in shared if is_idle(page) and page not in self._revived]
+        needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)
+        if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start).size):
             return False
-        self._admit.append((sequence, self._free_slots.pop(0)))
+        self._admit.append(Admission(sequence, self._free_slots.pop(0), shared))
         self._running.append(sequence)
-        self.prefill(sequence)
+        self._revived += revived
+        self._free_pages -= len(revived)
+        self._num_pages[sequence.order] = len(shared)
+        self.prefill(sequence, start=start)
         return True
 
     def finished(self) -> Plan:
@@ -260,6 +347,18 @@ class _Draft:
             chunks=tuple(self._chunks),
             decodes=tuple(self._decodes),
             num_pages=self._num_pages,
+            stored=self._stored(),
+        )
+
+    def _stored(self) -> tuple[Stored, ...]:
+        ends = {chunk.sequence.order: chunk.start + chunk.length for chunk in self._chunks}
+        touched = {chunk.sequence.order: chunk.sequence for chunk in self._chunks}
+        for sequence in self._decodes:
+            touched[sequence.order] = sequence
+            ends[sequence.order] = ends.get(sequence.order, sequence.num_stored) + 1
+        return tuple(
+            Stored(sequence, ends[order], sequence.num_preemptions)
+            for order, sequence in touched.items()
         )
 
     def _decode_at_once(self, sequence: Sequence) -> None:
@@ -300,7 +399,8 @@ class _Draft:
 
     def _drop(self, victim: Sequence) -> None:
         self._preempt.append(victim)
-        self._free_pages += self._pages_held(victim)
+        own = [page for page in victim.pages if self._scheduler.pool.num_owners(page) == 1]
+        self._free_pages += self._pages_held(victim) - len(victim.pages) + len(own)
         self._num_pages.pop(victim.order, None)
         self._chunks = [chunk for chunk in self._chunks if chunk.sequence is not victim]
         self._decodes = [sequence for sequence in self._decodes if sequence is not victim]

@@ -25,7 +25,11 @@ class Sequence:
     slot: int | None = None
     num_stored: int = 0
     num_to_prefill: int = 0  # tokens known when the slot was given
+    num_written: int = 0  # tokens stored by steps that have returned
     num_pending: int = 0
+    num_published: int = 0  # pages of this slot that were offered to the prefix cache
+    num_cached: int = 0  # prompt tokens that the first admission found in the prefix cache
+    digests: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 

@@ -94,6 +94,7 @@ class World:
             self.under_way.append((plan, self.device.run(plan)))
         while len(self.under_way) > (1 if self.overlap and not plan.is_empty else 0):
             done, tokens = self.under_way.pop(0)
+            self.scheduler.retire(done, tokens)
             for sequence, token in zip(done.sampled, tokens, strict=True):
                 self.scheduler.commit(sequence, token)
         self.scheduler.check_integrity()
@@ -108,7 +109,7 @@ def _picture(scheduler):
     held = [*scheduler.waiting, *(one for one in scheduler.slots if one is not None)]
     return (
         [(one.order, one.slot, tuple(one.pages), one.num_stored, one.num_pending) for one in held],
-        scheduler.pool.num_free,
+        scheduler.pool.num_available,
     )
 
 
@@ -119,7 +120,7 @@ def check_plan(plan, config):
     assert len(plan.decodes) <= config.num_slots
     for chunk in plan.chunks:
         assert 1 <= chunk.length <= chunk.size
-        assert chunk.start % config.prefill_chunks[-1] == 0, "edges must depend on the prompt only"
+        assert chunk.start % config.prefix_step == 0, "chunks begin at edges"
     assert not set(map(id, plan.preempt)) & set(map(id, plan.sampled))
 
 
@@ -145,10 +146,11 @@ def test_random_schedules_give_every_request_its_own_tokens(overlap, seed, num_p
         max_prefill_tokens=rng.choice([8, 16, 40]),
     )
     world = World(config, overlap=overlap)
+    shared = [[rng.randrange(50) for _ in range(rng.choice([0, 8, 30]))] for _ in range(3)]
     left = [
         make_request(
             f"r{number}",
-            [rng.randrange(50) for _ in range(rng.randint(1, 50))],
+            [*rng.choice(shared), *(rng.randrange(50) for _ in range(rng.randint(1, 20)))],
             max_tokens=rng.choice([1, 2, 5, 20, None]),
             ignore_eos=rng.random() < 0.5,
             priority=rng.choice([0, 0, 1]),
@@ -169,7 +171,7 @@ def test_random_schedules_give_every_request_its_own_tokens(overlap, seed, num_p
         if not left and world.is_empty:
             break
     assert world.is_empty, "the scheduler makes no progress"
-    assert world.scheduler.pool.num_free == num_pages
+    assert world.scheduler.pool.num_available == num_pages
     for sequence in world.sequences:
         wanted = expected_tokens(sequence.request, config)
         got = sequence.tokens[len(sequence.request.prompt) :]
@@ -206,8 +208,107 @@ def test_priority_goes_first_and_the_last_in_line_is_preempted():
     assert low.tokens[30:] == expected_tokens(low.request, config)
 
 
+PREFIX = EngineConfig(
+    num_slots=2,
+    max_seq_len=64,
+    prefill_chunks=(8, 16),
+    attention_block=16,
+    cache=CacheConfig(page_size=4, num_pages=24),
+)
+
+
+def finish(world):
+    while not world.is_empty:
+        world.step()
+
+
+def cached(world, request):
+    """Runs one request to its end; returns how many of its prompt tokens were found."""
+    world.add(request)
+    finish(world)
+    sequence = world.sequences[-1]
+    assert sequence.tokens[len(request.prompt) :] == expected_tokens(request, world.config)
+    return sequence.num_cached
+
+
+def test_a_prefix_is_found_at_chunk_edges_by_whoever_may_see_it():
+    world = World(PREFIX, overlap=True)
+    prompt = list(range(30))
+    assert cached(world, make_request("first", prompt, max_tokens=2)) == 0
+    assert cached(world, make_request("same", prompt, max_tokens=2)) == 24
+    assert cached(world, make_request("edge", prompt[:24], max_tokens=2)) == 16
+    assert cached(world, make_request("longer", prompt[:20] + [1] * 9, max_tokens=2)) == 16
+    assert cached(world, make_request("other", [9, *prompt], max_tokens=2)) == 0
+    assert cached(world, make_request("salt", prompt, max_tokens=2, salt="tenant")) == 0
+    assert cached(world, make_request("salt2", prompt, max_tokens=2, salt="tenant")) == 24
+    bypass = make_request("bypass", prompt, max_tokens=2, use_prefix_cache=False)
+    assert cached(world, bypass) == 0
+    stats = world.scheduler.prefix.stats()
+    assert stats.num_hit_tokens == 24 + 16 + 16 + 24
+    assert 0 < stats.hit_rate < 1
+    assert world.scheduler.prefix.flush() > 0
+    assert cached(world, make_request("flushed", prompt, max_tokens=2)) == 0
+
+
+def test_what_a_request_said_can_be_read_by_the_next_turn():
+    world = World(PREFIX, overlap=True)
+    first = make_request("first", list(range(20)), max_tokens=20, ignore_eos=True)
+    cached(world, first)
+    said = world.sequences[0].tokens
+    assert cached(world, make_request("next", [*said, 1, 2], max_tokens=2)) == 32
+
+
+def test_running_requests_share_pages_as_soon_as_a_step_has_returned():
+    world = World(PREFIX, overlap=True)
+    prompt = list(range(24))
+    world.add(make_request("a", prompt, max_tokens=30, ignore_eos=True))
+    for _ in range(4):
+        world.step()
+    world.add(make_request("b", [*prompt, 7], max_tokens=3))
+    world.step()
+    a, b = world.sequences
+    assert b.num_cached == 24
+    assert a.pages[:6] == b.pages[:6]
+    finish(world)
+    assert b.tokens[25:] == expected_tokens(b.request, PREFIX)
+
+
+def test_the_least_recently_used_pages_are_evicted_when_the_pool_is_short():
+    world = World(PREFIX, overlap=False)
+    old, new = list(range(24)), list(range(10, 34))
+    cached(world, make_request("old", old, max_tokens=2))
+    cached(world, make_request("new", new, max_tokens=2))
+    cached(world, make_request("big", list(range(20, 50)) + [3] * 20, max_tokens=8))
+    assert world.scheduler.prefix.stats().num_evicted_pages > 0
+    assert cached(world, make_request("new2", new, max_tokens=2)) >= 16
+    assert cached(world, make_request("old2", old, max_tokens=2)) == 0
+
+
+def test_pages_of_a_broken_row_are_never_found():
+    world = World(PREFIX, overlap=False)
+    world.add(make_request("bad", list(range(30)), max_tokens=9))
+    plan = world.scheduler.plan()
+    world.scheduler.begin(plan)
+    tokens = [-1] * len(plan.sampled)
+    world.scheduler.retire(plan, tokens)
+    for sequence, token in zip(plan.sampled, tokens, strict=True):
+        world.scheduler.commit(sequence, token)
+    world.scheduler.check_integrity()
+    assert world.sequences[0].finish_reason is FinishReason.ERROR
+    assert world.scheduler.prefix.pages == []
+
+
+def test_a_collision_of_digests_finds_nothing():
+    scheduler = Scheduler(PREFIX)
+    prefix, pages = scheduler.prefix, scheduler.pool.take(1)
+    digests = prefix.digests([1, 2, 3, 4], salt="")
+    prefix.publish(pages[0], (1, 2, 3, 4), digests[0])
+    assert prefix.match([1, 2, 3, 4], digests) == pages
+    assert prefix.match([1, 2, 3, 5], digests) == []
+
+
 def test_an_empty_scheduler_plans_nothing():
-    assert Scheduler(CONFIG).plan() == Plan((), (), (), (), {})
+    assert Scheduler(CONFIG).plan() == Plan((), (), (), (), {}, ())
 
 
 def test_overdue_lists_what_is_past_its_deadline():
