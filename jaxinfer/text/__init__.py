@@ -1,0 +1,1 @@
+"""Text at the edge: tokens of a text, text of tokens, chat templates; no JAX."""
