@@ -23,6 +23,7 @@ from jaxinfer.host.request import (
     SamplingParams,
     Timings,
 )
+from jaxinfer.sharding import placement
 from jaxinfer.text.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
@@ -145,7 +146,12 @@ def load_engine(
 ) -> LoadedEngine:
     """Loads a model and builds its engine: every program is compiled when this returns."""
     programs_of.use_compilation_cache(settings.cache_dir() / "programs")
-    checkpoint = weights.load(config.model, dtype=config.engine.compute_dtype, progress=progress)
+    checkpoint = weights.load(
+        config.model,
+        dtype=config.engine.compute_dtype,
+        sharding=placement(config.mesh) if config.mesh.rules else None,
+        progress=progress,
+    )
     tokenizer = Tokenizer(checkpoint.text)
     engine = Engine(
         checkpoint.params, checkpoint.config, tokenizer, config.engine, progress=progress

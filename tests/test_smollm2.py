@@ -91,7 +91,9 @@ def test_greedy_float32_alone_and_all_at_once(llm):
         assert alone.token_ids == completion.token_ids
         assert alone.logprobs == completion.logprobs, "the same bits, alone or among others"
         if len(must_agree(item)) == 64:
-            assert completion.text == item["out_text"]
+            said = llm.tokenizer.decode(completion.token_ids, skip_special=False)
+            assert said == item["out_text"]
+        assert completion.text == llm.tokenizer.decode(completion.token_ids)
 
 
 def test_stops_at_the_end_token_where_the_reference_does(llm):
