@@ -19,7 +19,7 @@ import numpy as np
 from jaxinfer import compile as programs_of
 from jaxinfer.compile import Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.errors import EngineFailed, InvalidRequest
+from jaxinfer.errors import DuplicateRequest, EngineFailed
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.request import (
     EngineStats,
@@ -32,7 +32,7 @@ from jaxinfer.host.request import (
 )
 from jaxinfer.host.scheduler import Plan, Scheduler
 from jaxinfer.host.sequence import Sequence
-from jaxinfer.inputs import StepOutput
+from jaxinfer.inputs import StepOutput, inert_batch, pack
 
 MAX_RECOVERIES_IN_A_ROW = 3
 _PROMPT_TAIL = 8  # tokens of the prompt that may change how the first new one reads
@@ -104,7 +104,7 @@ class Engine:
         self._num_recoveries_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "prefill", "output", "recoveries"), 0)
         self._host_s = self._wait_s = 0.0
-        jax.block_until_ready(self._cache)
+        self._warm_up()
         self._num_compiles_at_start = programs_of.num_compiles()
 
     @property
@@ -126,7 +126,7 @@ class Engine:
         """Puts a request into the line; raises InvalidRequest. Whoever faces clients bounds it."""
         check_request(request, self.limits)
         if request.request_id in self._live:
-            raise InvalidRequest(
+            raise DuplicateRequest(
                 f"request_id {request.request_id!r} is in use by a live request",
                 field="request_id",
             )
@@ -199,6 +199,19 @@ class Engine:
         for part in output:
             part.copy_to_host_async()
         return output
+
+    def _warm_up(self) -> None:
+        """Runs every program once, on the trash page: the first request pays for no page fault."""
+        for shape in self.programs:
+            rows = inert_batch(
+                shape.rows,
+                shape.tokens,
+                pages_per_seq=self.config.pages_per_seq,
+                trash_slot=self.config.num_slots,
+                trash_page=self.config.num_pages,
+            )
+            rows.lengths[:] = shape.tokens
+            jax.block_until_ready(self.run_program(shape, pack(rows)))
 
     def check_integrity(self) -> None:
         """Asserts that pages, slots and requests add up."""

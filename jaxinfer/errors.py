@@ -16,6 +16,7 @@
     ├── DownloadError         the demo model can't be fetched
     ├── OutOfPages            asked the pool for more pages than are free
     ├── CompileAfterStart     a program was compiled after the engine was built
+    ├── ProgramRefused        a stored program is damaged, foreign or stale
     └── EngineFailed          a step failed; the requests in it are lost      INTERNAL
 
 A message says what was asked, what there was, and what to change.
@@ -92,6 +93,10 @@ class OutOfPages(JaxinferError):
 
 class CompileAfterStart(JaxinferError):
     """A program was traced or compiled after the engine was built."""
+
+
+class ProgramRefused(JaxinferError):
+    """A stored program or manifest is damaged, foreign or stale; compiling again makes a new one."""
 
 
 class EngineFailed(JaxinferError):

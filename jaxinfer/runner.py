@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from jaxinfer.errors import Draining, EngineFailed, InvalidRequest, QueueFull
+from jaxinfer.errors import Draining, DuplicateRequest, EngineFailed, QueueFull
 from jaxinfer.host.request import (
     EngineStats,
     FinishReason,
@@ -80,7 +80,7 @@ class EngineThread:
                     "try again later"
                 )
             if request.request_id in self._live:
-                raise InvalidRequest(
+                raise DuplicateRequest(
                     f"request_id {request.request_id!r} is in use by a live request",
                     field="request_id",
                 )
@@ -141,14 +141,17 @@ class EngineThread:
                 self._engine.cancel(entry)
 
     def _give(self, outputs: list[Output]) -> None:
+        """Delivers a step's outputs; an ended request's id is free before its client knows."""
         self._stats = self._engine.stats()
-        if outputs:
-            self._deliver(outputs)
-        ended = {output.request_id for output in outputs if output.finish_reason is not None}
-        if ended:
-            with self._wake:
-                self._live -= ended
-                self._wake.notify_all()
+        if not outputs:
+            return
+        with self._wake:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._live.discard(output.request_id)
+        self._deliver(outputs)
+        with self._wake:
+            self._wake.notify_all()
 
     def _give_up(self, error: Exception | None) -> None:
         """Ends every live request, so that nobody waits for an engine that is gone."""

@@ -69,7 +69,7 @@ def forward(
     return x
 
 
-def head(params: Params, x: Float[Array, "B D"], *, config: ModelConfig) -> Float[Array, "B V"]:
+def head(params: Params, x: Float[Array, "... D"], *, config: ModelConfig) -> Float[Array, "... V"]:
     """The logits of some rows of the residual stream."""
     table = params.embedding if params.head is None else params.head
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), table)

@@ -1,5 +1,6 @@
 """Ragged paged attention in plain JAX: the definition, and the path on CPU."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,15 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.dims import Leaf
 
+_NOTHING = -(2**30)
 MIN_QUERY_ROWS = 4  # fewer rows leave XLA:CPU's fast batched dot, and change a row's bits
 
 
 class _Softmax(NamedTuple):
-    """A softmax that is not finished: the blocks so far."""
+    """A softmax that is not finished: the blocks so far, in powers of two."""
 
-    top: Float[Array, "K B R 1"]  # largest logit
-    total: Float[Array, "K B R 1"]  # sum of exp(logit - top)
-    out: Float[Array, "K B R H"]  # sum of exp(logit - top) * v
+    top: Int[Array, "K B R 1"]  # least whole number not below any logit yet; _NOTHING at first
+    total: Float[Array, "K B R 1"]  # sum of 2^(logit - top)
+    out: Float[Array, "K B R H"]  # sum of 2^(logit - top) * v
 
 
 def paged_attention(
@@ -47,7 +49,7 @@ def paged_attention(
     num_kv_heads, _, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
     pages_per_block = block // page_size
-    q_KBRH, padding = _group_queries(q, num_kv_heads, scale=head_dim**-0.5)
+    q_KBRH, padding = _group_queries(q, num_kv_heads, scale=head_dim**-0.5 / math.log(2))
     last = starts[:, None] + jnp.repeat(jnp.arange(num_queries), group)[None, :]
     last = jnp.pad(last, ((0, 0), (0, padding)))  # [B, R]
 
@@ -66,7 +68,7 @@ def paged_attention(
         return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible & owned[:, None])
 
     empty = _Softmax(
-        top=jnp.full((*q_KBRH.shape[:3], 1), -jnp.inf, jnp.float32),
+        top=jnp.full((*q_KBRH.shape[:3], 1), _NOTHING, jnp.int32),
         total=jnp.zeros((*q_KBRH.shape[:3], 1), jnp.float32),
         out=jnp.zeros(q_KBRH.shape, jnp.float32),
     )
@@ -100,10 +102,16 @@ def _group_queries(
 
 
 def _gather(pages: Leaf, wanted: Int[Array, "B W"]) -> Array:
-    """The wanted pages of each row, end to end: [K, B, W * C, H]."""
-    num_kv_heads, _, page_size, head_dim = pages.shape
+    """The wanted pages of each row, end to end: [K, B, W * C, H].
+
+    Heads and pages are one axis for the gather, so that nothing is transposed after it.
+    """
+    num_kv_heads, num_pages, page_size, head_dim = pages.shape
     rows, count = wanted.shape
-    return pages[:, wanted].reshape(num_kv_heads, rows, count * page_size, head_dim)
+    flat = pages.reshape(num_kv_heads * num_pages, page_size, head_dim)
+    places = jnp.arange(num_kv_heads)[:, None, None] * num_pages + wanted[None]
+    found = flat.at[places].get(mode="promise_in_bounds")
+    return found.reshape(num_kv_heads, rows, count * page_size, head_dim)
 
 
 def _merge(
@@ -113,17 +121,23 @@ def _merge(
     v_KBSH: Array,
     visible: Bool[Array, "B R S"],
 ) -> _Softmax:
-    """Takes one more block of keys into an unfinished softmax."""
+    """Takes one more block of keys into an unfinished softmax.
+
+    Old sums fade by whole powers of two, which is exact: whether a compiler rounds `old * fade +
+    new` once or twice, as it does for one size and not for another, the bits are the same.
+    """
     over_h = (((3,), (3,)), ((0, 1), (0, 1)))
     over_s = (((3,), (2,)), ((0, 1), (0, 1)))
     logits = lax.dot_general(
         q_KBRH.astype(k_KBSH.dtype), k_KBSH, over_h, preferred_element_type=jnp.float32
     )
     logits = jnp.where(visible[None], logits, -jnp.inf)
-    top = jnp.maximum(softmax.top, jnp.max(logits, axis=-1, keepdims=True))
-    base = jnp.where(top == -jnp.inf, 0.0, top)  # a row that has seen nothing yet
-    weights = jnp.exp(logits - base)
-    fade = jnp.exp(softmax.top - base)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    block_top = jnp.where(largest == -jnp.inf, _NOTHING, jnp.ceil(largest).astype(jnp.int32))
+    top = jnp.maximum(softmax.top, block_top)
+    base = jnp.where(top == _NOTHING, 0, top).astype(jnp.float32)
+    weights = jnp.exp((logits - base) * math.log(2))
+    fade = _power_of_two(softmax.top - top)
     new = lax.dot_general(
         weights.astype(v_KBSH.dtype), v_KBSH, over_s, preferred_element_type=jnp.float32
     )
@@ -132,3 +146,9 @@ def _merge(
         total=softmax.total * fade + jnp.sum(weights, axis=-1, keepdims=True),
         out=softmax.out * fade + new,
     )
+
+
+def _power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2^exponent for exponent <= 0, exactly; 0 below the range of float32."""
+    bits = (jnp.maximum(exponent, -127) + 127) << 23
+    return lax.bitcast_convert_type(bits, jnp.float32)

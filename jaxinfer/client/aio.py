@@ -1,0 +1,160 @@
+"""The client for asyncio."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxinfer.client import translate
+from jaxinfer.client.failures import Raised
+from jaxinfer.client.results import Completed, Completion, Delta, Model, Stamps
+from jaxinfer.client.sync import CHANNEL_OPTIONS, POLL_S, PROBE_S
+from jaxinfer.client.translate import ChatMessages, Options
+from jaxinfer.errors import JaxinferError, Unreachable
+from jaxinfer.v1 import inference_pb2 as pb
+from jaxinfer.v1 import inference_pb2_grpc, model_pb2, model_pb2_grpc
+
+
+class AsyncClient:
+    """`Client` for asyncio; make it inside the running loop.
+
+    async with AsyncClient("127.0.0.1:50051") as client:
+        async for event in client.stream("Once upon a time", max_tokens=64):
+            ...
+    """
+
+    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all calls and the connection."""
+        await self._channel.close()
+
+    async def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Completion:
+        """Continues one prompt: a text, `token_ids=` or `messages=`. See `Options`."""
+        message = translate.to_request(pb.GenerateRequest, prompt, options)
+        timeout_s = self._timeout(options.get("timeout_s"))
+        sent_s = time.perf_counter()
+        with Raised(self._target):
+            reply: pb.GenerateResponse = await self._inference.Generate(message, timeout=timeout_s)
+        stamps = Stamps(e2e_s=time.perf_counter() - sent_s)
+        return translate.to_completion(reply, stamps=stamps)
+
+    def stream(
+        self, prompt: str | None = None, **options: Unpack[Options]
+    ) -> AsyncIterator[Delta | Completed]:
+        """Yields Deltas as they come, then one Completed with all of it.
+
+        Closing the iterator ends the request in the server; after a `break` Python closes it a
+        little later, so where that matters use `contextlib.aclosing`.
+        """
+        message = translate.to_request(pb.GenerateStreamRequest, prompt, options)
+        return self._events(message, self._timeout(options.get("timeout_s")))
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        add_special: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> list[int]:
+        """The tokens of a text or a conversation."""
+        request = translate.build(
+            pb.TokenizeRequest,
+            **translate.to_prompt(text, {"messages": messages}),
+            **({} if add_special is None else {"add_special": add_special}),
+        )
+        with Raised(self._target):
+            reply: pb.TokenizeResponse = await self._inference.Tokenize(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return list(reply.token_ids)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special: bool = True,
+        timeout_s: float | None = None,
+    ) -> str:
+        """The text of some tokens."""
+        request = translate.build(
+            pb.DetokenizeRequest, token_ids=token_ids, skip_special=skip_special
+        )
+        with Raised(self._target):
+            reply: pb.DetokenizeResponse = await self._inference.Detokenize(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return reply.text
+
+    async def models(self) -> list[Model]:
+        """The models that the server has."""
+        with Raised(self._target):
+            reply: model_pb2.ListModelsResponse = await self._models.ListModels(
+                model_pb2.ListModelsRequest(), timeout=self._timeout_s
+            )
+        return [translate.to_model(message) for message in reply.models]
+
+    async def model(self, name: str | None = None) -> Model:
+        """One model; without a name the one that is served."""
+        request = model_pb2.GetModelRequest(model=name)
+        with Raised(self._target):
+            reply: model_pb2.GetModelResponse = await self._models.GetModel(
+                request, timeout=self._timeout_s
+            )
+        return translate.to_model(reply.model)
+
+    async def health(self, service: str = "", *, timeout_s: float | None = None) -> str:
+        """SERVING or NOT_SERVING; a name such as jaxinfer.v1.InferenceService asks about one."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        with Raised(self._target):
+            reply: health_pb2.HealthCheckResponse = await self._health.Check(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+
+    async def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the server says SERVING; Unreachable where it doesn't in time."""
+        end_s = time.monotonic() + timeout_s
+        said = "nothing"
+        while (left_s := end_s - time.monotonic()) > 0:
+            try:
+                said = await self.health(timeout_s=min(left_s, PROBE_S))
+            except JaxinferError as error:
+                said = str(error)
+            if said == "SERVING":
+                return
+            await asyncio.sleep(POLL_S)
+        raise Unreachable(f"{self._target} was not ready within {timeout_s:g} s; it said: {said}")
+
+    async def _events(
+        self, message: pb.GenerateStreamRequest, timeout_s: float | None
+    ) -> AsyncIterator[Delta | Completed]:
+        reader = translate.StreamReader()
+        call: Any = self._inference.GenerateStream(message, timeout=timeout_s)
+        try:
+            with Raised(self._target):
+                async for reply in call:
+                    event = reader.feed(reply)
+                    if event is not None:
+                        yield event
+        finally:
+            call.cancel()
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s

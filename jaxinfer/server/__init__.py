@@ -1,0 +1,1 @@
+"""The gRPC edge: `app.run` serves until a signal, `app.Server` is the same in pieces."""

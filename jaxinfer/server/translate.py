@@ -1,0 +1,283 @@
+"""Messages of `jaxinfer.v1` to requests, and outputs to messages."""
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from jaxinfer.errors import InvalidRequest, UnknownModel
+from jaxinfer.host.request import (
+    JAXINFER_DEFAULTS,
+    FinishReason,
+    Output,
+    SamplingParams,
+)
+from jaxinfer.server.served import Codec, ServedModel
+from jaxinfer.v1 import inference_pb2 as pb
+from jaxinfer.v1 import model_pb2
+
+M = TypeVar("M", bound=Message)
+
+MAX_ID_CHARS = 256
+# Names that a chat template's caller sets itself, so a request's variables can't.
+TAKEN_NAMES = ("self", "messages", "tools", "add_generation_prompt")
+WIRE_PATHS = {
+    "messages": "chat.messages",
+    **{field.name: f"sampling.{field.name}" for field in pb.Sampling.DESCRIPTOR.fields},
+    **{field.name: f"stopping.{field.name}" for field in pb.Stopping.DESCRIPTOR.fields},
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller wants to get back."""
+
+    text: bool = True
+    token_ids: bool = False
+    logprobs: bool = False
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """Reads a message; InvalidRequest where it can't be read or has a field that we don't know."""
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise InvalidRequest(
+            f"{len(data)} bytes that are no {kind.DESCRIPTOR.full_name}: damaged, or text in them "
+            "that is not UTF-8"
+        ) from None
+    _refuse_unknown(message, path="")
+    return message
+
+
+def check_model(asked: str, served: ServedModel) -> None:
+    """Raises UnknownModel where a request names another model; an empty name is any."""
+    if asked and asked != served.name:
+        raise UnknownModel(
+            f"no model {asked!r} here; this server has {served.name!r}", field="model"
+        )
+
+
+def request_id_from(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> str:
+    """The id that the caller chose, or a new one."""
+    request_id = message.request_id
+    if not message.HasField("request_id"):
+        return secrets.token_hex(16)
+    if not 1 <= len(request_id) <= MAX_ID_CHARS:
+        raise InvalidRequest(
+            f"request_id has {len(request_id)} characters; it must have 1 to {MAX_ID_CHARS}, or "
+            "be left out",
+            field="request_id",
+        )
+    return request_id
+
+
+def encoder(
+    message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest,
+    tokenizer: Codec,
+    *,
+    add_special: bool = True,
+) -> Callable[[], list[int]]:
+    """What turns a prompt into token ids; it may take long, so the caller chooses the thread."""
+    match message.WhichOneof("prompt"):
+        case "text":
+            text = message.text
+            if not text:
+                raise InvalidRequest("the prompt is empty; give at least a letter", field="text")
+            return lambda: tokenizer.encode(text, add_special=add_special)
+        case "token_ids" if not isinstance(message, pb.TokenizeRequest):
+            ids = list(message.token_ids.ids)
+            return lambda: ids
+        case "chat":
+            arguments = _chat_arguments(message.chat)
+            return lambda: tokenizer.encode_chat(**arguments)
+        case _:
+            raise InvalidRequest(
+                "the request has no prompt; give text, token_ids or chat", field="prompt"
+            )
+
+
+def sampling_from(
+    message: pb.GenerateRequest | pb.GenerateStreamRequest, defaults: SamplingParams
+) -> SamplingParams:
+    """The parameters in force: the request's, else the model's, else ours; a drawn seed last."""
+    present = [*message.sampling.ListFields(), *message.stopping.ListFields()]
+    values: dict[str, Any] = {
+        field.name: value if isinstance(value, int | float) else tuple(value)
+        for field, value in present
+    }
+    sampling = SamplingParams(**values).or_else(defaults).or_else(JAXINFER_DEFAULTS)
+    if sampling.seed is None:
+        return replace(sampling, seed=secrets.randbits(64))
+    return sampling
+
+
+def wire_path(field: str) -> str:
+    """Where the wire has a field that an error names as Python has it."""
+    return WIRE_PATHS.get(field, field)
+
+
+def wanted_from(options: pb.OutputOptions) -> Wanted:
+    """What the caller wants back."""
+    return Wanted(**{field.name: value for field, value in options.ListFields()})
+
+
+def to_started(
+    *, request_id: str, model: str, num_prompt_tokens: int, parameters: pb.Parameters
+) -> pb.Started:
+    """The first word of a reply."""
+    return pb.Started(
+        request_id=request_id,
+        model=model,
+        num_prompt_tokens=num_prompt_tokens,
+        parameters=parameters,
+    )
+
+
+def to_parameters(sampling: SamplingParams, wanted: Wanted, priority: int) -> pb.Parameters:
+    """The values in force."""
+    return pb.Parameters(
+        sampling=_filled(pb.Sampling, sampling),
+        stopping=_filled(pb.Stopping, sampling),
+        output=_filled(pb.OutputOptions, wanted),
+        priority=priority,
+    )
+
+
+def to_delta(output: Output, wanted: Wanted) -> pb.Delta | None:
+    """What the caller wants of an output; None where that is nothing."""
+    if not (output.text and wanted.text) and not (
+        output.token_ids and (wanted.token_ids or wanted.logprobs)
+    ):
+        return None
+    return pb.Delta(
+        text=output.text if wanted.text else None,
+        token_ids=output.token_ids if wanted.token_ids else (),
+        logprobs=output.logprobs if wanted.logprobs else (),
+    )
+
+
+def to_finished(output: Output) -> pb.Finished:
+    """Why the request ended."""
+    assert output.finish_reason is not None
+    finished = pb.Finished(reason=to_reason(output.finish_reason))
+    if isinstance(output.stop, str):
+        finished.stop_string = output.stop
+    elif output.stop is not None:
+        finished.stop_token_id = output.stop
+    return finished
+
+
+def to_reason(reason: FinishReason) -> str:
+    """The wire's word for a finish reason."""
+    return f"FINISH_REASON_{reason.name}"
+
+
+def to_summary(output: Output) -> pb.Summary:
+    """What the request took."""
+    times = output.timings
+    return pb.Summary(
+        usage=pb.Usage(
+            num_prompt_tokens=output.num_prompt_tokens,
+            num_output_tokens=output.num_output_tokens,
+            num_preemptions=output.num_preemptions,
+        ),
+        timings=pb.Timings(
+            queue_s=_between(times.arrived_s, times.scheduled_s),
+            prefill_s=_between(times.scheduled_s, times.first_token_s),
+            decode_s=_between(times.first_token_s, times.finished_s),
+            ttft_s=_between(times.arrived_s, times.first_token_s),
+            total_s=_between(times.arrived_s, times.finished_s),
+        ),
+    )
+
+
+def to_model(served: ServedModel) -> model_pb2.Model:
+    """The model that is served."""
+    defaults = served.defaults.or_else(JAXINFER_DEFAULTS)
+    return model_pb2.Model(
+        name=served.name,
+        architecture=served.config.architecture,
+        vocab_size=served.limits.vocab_size,
+        max_seq_len=served.limits.max_seq_len,
+        num_layers=served.config.num_layers,
+        d_model=served.config.d_model,
+        eos_token_ids=served.limits.eos_token_ids,
+        defaults=to_parameters(defaults, Wanted(), 0),
+    )
+
+
+def _refuse_unknown(message: Message, *, path: str) -> None:
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        where = path or "the request"
+        raise InvalidRequest(
+            f"{where} has a field numbered {unknown[0].field_number}, which this server does not "
+            f"know in {message.DESCRIPTOR.full_name}; leave it out, or ask a newer server",
+            field=path,
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        inner = f"{path}.{field.name}" if path else field.name
+        for part in [value] if isinstance(value, Message) else value:
+            _refuse_unknown(part, path=inner)
+
+
+def _chat_arguments(chat: pb.Chat) -> dict[str, Any]:
+    if not chat.messages:
+        raise InvalidRequest("the conversation is empty; give a message", field="chat.messages")
+    messages = [_chat_message(message, place) for place, message in enumerate(chat.messages)]
+    kwargs = _json(chat.template_kwargs_json, dict, field="chat.template_kwargs_json")
+    taken = [name for name in TAKEN_NAMES if name in kwargs]
+    if taken:
+        raise InvalidRequest(
+            f"chat.template_kwargs_json sets {taken[0]!r}, which the request's own fields say",
+            field="chat.template_kwargs_json",
+        )
+    opens = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+    return {
+        **kwargs,
+        "messages": messages,
+        "tools": _json(chat.tools_json, list, field="chat.tools_json") or None,
+        "add_generation_prompt": opens,
+    }
+
+
+def _chat_message(message: pb.ChatMessage, place: int) -> dict[str, Any]:
+    field = f"chat.messages[{place}]"
+    if not message.role:
+        raise InvalidRequest(f"{field} has no role; say who speaks", field=f"{field}.role")
+    more = _json(message.fields_json, dict, field=f"{field}.fields_json")
+    present = {entry.name: value for entry, value in message.ListFields()}
+    present.pop("fields_json", None)
+    return {**more, **present}
+
+
+def _json(text: str, kind: type, *, field: str) -> Any:
+    if not text:
+        return kind()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "too deep or too large"
+        raise InvalidRequest(f"{field} is not JSON: {reason}", field=field) from None
+    if not isinstance(value, kind):
+        word = "an array" if kind is list else "an object"
+        raise InvalidRequest(
+            f"{field} holds a JSON {type(value).__name__}; it must be {word}", field=field
+        )
+    return value
+
+
+def _filled(kind: type[M], source: SamplingParams | Wanted) -> M:
+    return kind(**{field.name: getattr(source, field.name) for field in kind.DESCRIPTOR.fields})
+
+
+def _between(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else end_s - start_s

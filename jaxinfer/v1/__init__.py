@@ -1,0 +1,1 @@
+"""The messages and stubs of `jaxinfer.v1`, written by scripts/proto from proto/."""

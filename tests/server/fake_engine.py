@@ -1,0 +1,206 @@
+"""An engine without a model: each token is a keyed hash of the prompt, the seed and the place."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.errors import Draining, InvalidRequest, QueueFull
+from jaxinfer.host.request import (
+    FinishReason,
+    Limits,
+    Output,
+    Request,
+    SamplingParams,
+    Timings,
+    check_request,
+)
+from jaxinfer.server.served import Deliver, ServedModel
+
+MODEL = "fake"
+LIMITS = Limits(vocab_size=256, max_seq_len=512, eos_token_ids=(0,))
+CONFIG = ModelConfig("llama", 256, 2, 64, 128, 4, 2, 16, 2048)
+
+
+class FakeTokenizer:
+    """One token for each byte; token 1 is special and goes first."""
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        return [1] * add_special + list(text.encode())
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        shown = bytes(token for token in ids if token > 1).decode(errors="replace")
+        return shown if skip_special else "<s>" * list(ids).count(1) + shown
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        if any(message["role"] == "narrator" for message in messages):
+            raise InvalidRequest("no role 'narrator' in this chat template", field="messages")
+        lines = [f"{message['role']}:{message.get('content')}" for message in messages]
+        if tools:
+            lines.append(f"tools={tools}")
+        lines += [f"{name}={value}" for name, value in kwargs.items()]
+        return self.encode("\n".join(lines) + "\nassistant:" * add_generation_prompt)
+
+
+def served(*, defaults: SamplingParams | None = None) -> ServedModel:
+    return ServedModel(
+        MODEL, CONFIG, FakeTokenizer(), LIMITS, defaults or SamplingParams(max_tokens=8)
+    )
+
+
+def expected_tokens(prompt: Sequence[int], count: int, *, seed: int = 0) -> list[int]:
+    key = hashlib.sha256(f"{list(prompt)} {seed}".encode()).digest()
+    return [97 + key[place % 32] % 26 for place in range(count)]
+
+
+def expected_text(text: str, count: int, *, seed: int = 0) -> str:
+    return bytes(expected_tokens([1, *text.encode()], count, seed=seed)).decode()
+
+
+@dataclass
+class Sequence_:
+    request: Request
+    arrived_s: float
+    tokens: list[int] = field(default_factory=list)
+    first_s: float | None = None
+
+
+class FakeEngine:
+    """One token for each live request and step; an EngineLike with dials for tests."""
+
+    def __init__(
+        self,
+        deliver: Deliver,
+        *,
+        step_s: float = 0.0,
+        max_live: int = 1000,
+        on_step: Callable[[list[Output]], None] = lambda outputs: None,
+    ) -> None:
+        self.deliver, self.step_s, self.max_live, self.on_step = (
+            deliver,
+            step_s,
+            max_live,
+            on_step,
+        )
+        self.submitted: list[Request] = []
+        self.cancelled: list[str] = []
+        self.num_deliveries = 0
+        self.fail_with = ""
+        self.submit_error: Exception | None = None
+        self._live: dict[str, Sequence_] = {}
+        self._lock = threading.Condition()
+        self._draining = self._stopped = False
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        with self._lock:
+            if self.submit_error is not None:
+                raise self.submit_error
+            if self._draining:
+                raise Draining("the engine takes no new requests")
+            check_request(request, LIMITS)
+            if len(self._live) >= self.max_live:
+                raise QueueFull(f"{self.max_live} requests are waiting")
+            self.submitted.append(request)
+            self._live[request.request_id] = Sequence_(request, time.monotonic())
+            self._lock.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            self.cancelled.append(request_id)
+            self._lock.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        with self._lock:
+            self._draining = True
+            return self._lock.wait_for(lambda: not self._live, timeout_s)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+        self._thread.join(5)
+
+    def _loop(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._live or self._stopped)
+                if self._stopped:
+                    return
+            time.sleep(self.step_s)
+            with self._lock:
+                outputs = [self._advance(sequence) for sequence in list(self._live.values())]
+                for output in outputs:
+                    if output.finish_reason is not None:
+                        del self._live[output.request_id]
+                self._lock.notify_all()
+            self.num_deliveries += 1
+            self.deliver(outputs)
+            self.on_step(outputs)
+
+    def _advance(self, sequence: Sequence_) -> Output:
+        request, now = sequence.request, time.monotonic()
+        if request.request_id in self.cancelled:
+            return self._output(sequence, (), FinishReason.CANCELLED, now)
+        if request.deadline_s is not None and now >= request.deadline_s:
+            return self._output(sequence, (), FinishReason.DEADLINE, now)
+        if self.fail_with:
+            return self._output(sequence, (), FinishReason.ERROR, now)
+        place = len(sequence.tokens)
+        seed = request.sampling.seed or 0
+        token = expected_tokens(request.prompt, place + 1, seed=seed)[place]
+        sequence.tokens.append(token)
+        sequence.first_s = sequence.first_s or now
+        reason, stop = None, None
+        if token in request.sampling.stop_token_ids:
+            reason, stop = FinishReason.STOP_TOKEN, token
+        elif chr(token) in request.sampling.stop:
+            reason, stop = FinishReason.STOP_STRING, chr(token)
+        elif len(sequence.tokens) == request.sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        elif len(request.prompt) + len(sequence.tokens) >= LIMITS.max_seq_len:
+            reason = FinishReason.CONTEXT
+        return self._output(sequence, (token,), reason, now, stop)
+
+    def _output(
+        self,
+        sequence: Sequence_,
+        tokens: tuple[int, ...],
+        reason: FinishReason | None,
+        now: float,
+        stop: str | int | None = None,
+    ) -> Output:
+        return Output(
+            request_id=sequence.request.request_id,
+            token_ids=tokens,
+            logprobs=tuple(-0.5 for _ in tokens),
+            text="" if stop else bytes(tokens).decode(),
+            finish_reason=reason,
+            stop=stop,
+            error=self.fail_with if reason is FinishReason.ERROR else "",
+            num_prompt_tokens=len(sequence.request.prompt),
+            num_output_tokens=len(sequence.tokens),
+            timings=Timings(
+                sequence.arrived_s,
+                sequence.arrived_s,
+                sequence.first_s,
+                None if reason is None else now,
+            ),
+        )

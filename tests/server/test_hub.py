@@ -1,0 +1,95 @@
+"""The hub: one hand-off a step, one mailbox a request, and never a queue."""
+
+import asyncio
+import time
+
+import pytest
+
+from jaxinfer.errors import DuplicateRequest
+from jaxinfer.host.request import FinishReason, Output
+from jaxinfer.server.hub import Hub
+
+
+def output(request_id: str, text: str, reason: FinishReason | None = None) -> Output:
+    ids = tuple(text.encode())
+    return Output(request_id, ids, tuple(0.0 for _ in ids), text, reason)
+
+
+def test_outputs_between_two_takes_become_one():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        for text in ("x", "yz", "!"):
+            hub.deliver([output("a", text)])
+        await asyncio.sleep(0.01)
+        hub.deliver([output("a", "?", FinishReason.LENGTH)])
+        await asyncio.sleep(0.01)
+        taken = await mailbox.take()
+        assert (taken.text, taken.token_ids) == ("xyz!?", tuple(b"xyz!?"))
+        assert taken.finish_reason is FinishReason.LENGTH
+        assert hub.live == []
+
+    asyncio.run(body())
+
+
+def test_a_take_brings_only_what_is_new():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        hub.deliver([output("a", "x")])
+        assert (await mailbox.take()).text == "x"
+        hub.deliver([output("a", "y")])
+        assert (await mailbox.take()).text == "y"
+
+    asyncio.run(body())
+
+
+def test_one_hand_off_for_each_step():
+    calls = []
+
+    class Loop:
+        def is_closed(self):
+            return False
+
+        def call_soon_threadsafe(self, *arguments):
+            calls.append(arguments)
+
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        hub._loop = Loop()
+        hub.deliver([output(str(n), "x") for n in range(32)])
+        hub.deliver([])
+
+    asyncio.run(body())
+    assert len(calls) == 1
+
+
+def test_an_id_is_taken_until_the_engine_has_ended_it():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        with pytest.raises(DuplicateRequest, match="'a'"):
+            hub.open("a")
+        assert hub.abandon("a", mailbox)
+        with pytest.raises(DuplicateRequest):
+            hub.open("a")
+        hub.deliver([output("a", "", FinishReason.CANCELLED)])
+        await asyncio.sleep(0.01)
+        second = hub.open("a")
+        assert not hub.abandon("a", mailbox)  # the first one's late goodbye is not the second's
+        assert hub.live == ["a"] and hub.abandon("a", second)
+
+    asyncio.run(body())
+
+
+def test_many_small_outputs_cost_no_more_than_their_size():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        for _ in range(20_000):
+            mailbox.put(output("a", "x"))
+        began_s = time.perf_counter()
+        assert len((await mailbox.take()).text) == 20_000
+        assert time.perf_counter() - began_s < 0.5
+
+    asyncio.run(body())
