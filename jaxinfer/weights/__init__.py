@@ -1,0 +1,102 @@
+"""Models on disk -> params: Hugging Face folders, GGUF files, our own folders, the demo model."""
+
+import difflib
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from jaxinfer.errors import CheckpointError, UnknownModel
+from jaxinfer.weights import assemble, checkpoint, demo, hf
+from jaxinfer.weights.checkpoint import save
+from jaxinfer.weights.source import Checkpoint, Progress, Sharding, Source, TensorStore, silent
+
+__all__ = [
+    "ALIASES",
+    "Checkpoint",
+    "Progress",
+    "Sharding",
+    "Source",
+    "describe",
+    "is_ready",
+    "load",
+    "locate",
+    "save",
+]
+
+ALIASES = tuple(demo.DEMOS)
+GGUF_MAGIC = b"GGUF"
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: DTypeLike,
+    sharding: Sharding = None,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Loads a model: an alias, a folder of ours or of Hugging Face's, or a GGUF file.
+
+    Every leaf of `params` has `dtype`; the weights are never twice in memory. The demo model is
+    fetched and converted when it is first asked for; nothing else touches the network.
+    """
+    path = locate(model, progress=progress)
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.load(path, dtype=dtype, sharding=sharding, progress=progress)
+    source, store = _open(path)
+    return Checkpoint(
+        name=source.name,
+        config=source.config,
+        params=assemble.load_params(
+            store, source.config, dtype=dtype, sharding=sharding, progress=progress
+        ),
+        text=source.text,
+        sampling=source.sampling,
+    )
+
+
+def describe(model: str | Path, *, progress: Progress = silent) -> Source:
+    """What `load` would load: config, text and advice on sampling. Reads no weights."""
+    path = locate(model, progress=progress)
+    return checkpoint.describe(path) if checkpoint.is_checkpoint(path) else _open(path)[0]
+
+
+def is_ready(alias: str) -> bool:
+    """Whether a demo model is here already, so that loading it needs no network."""
+    return checkpoint.is_checkpoint(demo.place(alias))
+
+
+def locate(model: str | Path, *, progress: Progress = silent) -> Path:
+    """The folder or file of a model; UnknownModel where there is none.
+
+    An alias comes before a folder of the same name, which `./NAME` still means.
+    """
+    if model in ALIASES:
+        return demo.ensure(str(model), progress=progress)
+    path = Path(model).expanduser()
+    if not str(model) or not path.exists():
+        near = difflib.get_close_matches(str(model), ALIASES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UnknownModel(
+            f"no model {str(model)!r}: {hint}Give an alias ({', '.join(ALIASES)}), a Hugging Face "
+            "folder, a GGUF file, or a folder that jaxinfer wrote; jaxinfer downloads no others",
+            field="model",
+        )
+    return path
+
+
+def _open(path: Path) -> tuple[Source, TensorStore]:
+    """Opens what is not ours."""
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CheckpointError(
+                f"{path} has neither a config.json (Hugging Face) nor a {checkpoint.MODEL} "
+                "(jaxinfer); give the folder that holds one"
+            )
+        return hf.open_folder(path)
+    with path.open("rb") as stream:
+        is_gguf = stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    if not is_gguf and path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is no GGUF file; for safetensors give the folder around it")
+    from jaxinfer.weights import gguf  # only here, so that a start without GGUF does not pay for it
+
+    return gguf.open_file(path)
