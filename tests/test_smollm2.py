@@ -23,7 +23,7 @@ from jaxinfer.runner import EngineThread
 from jaxinfer.server.app import Server
 from jaxinfer.server.served import ServedModel
 
-FOLDER = Path(__file__).parent / "golden" / "smollm2"
+FOLDER = Path(__file__).parent / "golden" / "smollm2-135m"
 ITEMS = json.loads((FOLDER / "reference.json").read_text())["items"]
 CLOSE_CALL = 1e-3  # float32 rounding may turn over what is closer than this
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
