@@ -1,8 +1,10 @@
 """The only place that jits: the set of programs, donation, memory, and the count of compiles."""
 
+import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +14,13 @@ import jax.monitoring
 import jax.numpy as jnp
 
 from jaxinfer import cache as paged
-from jaxinfer import step
+from jaxinfer import models, step
 from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.fingerprint import program_key
 from jaxinfer.inputs import StepOutput, packed_width, unpack
 from jaxinfer.spec import abstract
+from jaxinfer.store import Key, ProgramCost, Shape, Store, Trees, digest
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as long work goes on."""
@@ -25,39 +29,53 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _compile_seconds: list[float] = []
 
 
-class Shape(NamedTuple):
-    """What sets one program of a phase apart from another."""
+ALLOCATE = Shape("allocate", 0, 0)  # makes an empty cache; at the start, and after a failed step
 
-    phase: str  # "prefill" or "decode"
-    rows: int
-    tokens: int
+
+@dataclass(frozen=True, kw_only=True)
+class Program(ProgramCost):
+    """One compiled program and what it costs."""
+
+    run: Callable[..., Any]
+    """A step: (params, cache, packed batch) -> (cache, output); the cache is donated."""
+    text: Callable[[], str | None]
+    """The optimised HLO."""
+    load_s: float = 0.0
+    """What it took to read it from the store; 0 where it was compiled just now."""
 
     @property
-    def name(self) -> str:
-        """How the program is called in tables: decode-8x1."""
-        return f"{self.phase}-{self.rows}x{self.tokens}"
-
-
-@dataclass(frozen=True)
-class Program:
-    """One compiled step and what it costs."""
-
-    shape: Shape
-    run: Callable[[Any, Cache, Any], tuple[Cache, StepOutput]]
-    """(params, cache, packed batch); the cache is donated."""
-    seconds: float
-    argument_bytes: int
-    alias_bytes: int
-    temp_bytes: int
-    text: Callable[[], str]
-    """The optimised HLO."""
+    def seconds(self) -> float:
+        """What this start has spent on it."""
+        return self.load_s or self.trace_s + self.compile_s
 
 
 Programs = dict[Shape, Program]
 
 
+class _Recipe(NamedTuple):
+    """A program before it is one."""
+
+    shape: Shape
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...]
+    trees: Trees
+    key: Key
+    devices: list[jax.Device]
+
+
+class _ThisThread(threading.local):
+    """What was compiled on this thread so far."""
+
+    count = 0
+    last = ""
+
+
+_this_thread = _ThisThread()
+
+
 def shapes(engine: EngineConfig) -> tuple[Shape, ...]:
-    """Every program that serving with this config can run."""
+    """Every step that serving with this config can run."""
     prefills = (Shape("prefill", 1, tokens) for tokens in engine.prefill_chunks)
     decodes = (Shape("decode", rows, 1) for rows in engine.row_counts)
     return (*prefills, *decodes)
@@ -69,30 +87,45 @@ def build(
     engine: EngineConfig,
     *,
     wanted: Sequence[Shape] | None = None,
+    store: Store | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Programs:
-    """Compiles every program; nothing compiles afterwards.
+    """Loads every step from the store, or compiles and keeps it; nothing compiles afterwards."""
+    arguments, devices = jax.tree.map(_abstract_leaf, params), _devices(params)
+    recipes = [
+        _step_recipe(shape, arguments, model, engine, devices)
+        for shape in (shapes(engine) if wanted is None else wanted)
+    ]
+    return _obtain(recipes, store, progress)
 
-    Tracing holds Python's lock and compiling does not, so one shape is traced while others compile.
+
+def build_allocate(
+    params: Any, model: ModelConfig, engine: EngineConfig, *, store: Store | None = None
+) -> Program:
+    """The program that makes an empty cache: run() -> Cache."""
+    recipe = _allocate_recipe(model, engine, _devices(params))
+    return _obtain([recipe], store, lambda stage, done, total: None)[ALLOCATE]
+
+
+def stored_costs(
+    model: ModelConfig, engine: EngineConfig, store: Store
+) -> Mapping[Shape, ProgramCost]:
+    """What the stored programs of a config take, without weights, tracing or loading.
+
+    Holds for weights of the model's own structure on the first device; what isn't stored is left
+    out.
     """
-    wanted = shapes(engine) if wanted is None else wanted
-    abstract_params = jax.tree.map(_abstract_leaf, params)
-    pending: list[Future[Program]] = []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for shape in wanted:
-            started = time.monotonic()
-            lowered = _lower(shape, abstract_params, model, engine)
-            pending.append(pool.submit(_finish, shape, lowered, started))
-        programs: Programs = {}
-        for shape, future in zip(wanted, pending, strict=True):
-            programs[shape] = future.result()
-            progress("compile", len(programs), len(wanted))
-    return programs
+    arguments = abstract(models.module_of(model).spec(model), engine.compute_dtype)
+    devices = jax.devices()[:1]
+    recipes = [_step_recipe(shape, arguments, model, engine, devices) for shape in shapes(engine)]
+    recipes.append(_allocate_recipe(model, engine, devices))
+    found = {recipe.shape: store.cost(recipe.shape.name, recipe.key) for recipe in recipes}
+    return {shape: cost for shape, cost in found.items() if cost is not None}
 
 
 def compile_function(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
     """Compiles a function of arrays for arguments like these, nothing donated."""
-    return jax.jit(function).lower(*map(_abstract_leaf, examples)).compile()
+    return jax.jit(function).lower(*jax.tree.map(_abstract_leaf, examples)).compile()
 
 
 def num_compiles() -> int:
@@ -100,53 +133,147 @@ def num_compiles() -> int:
     return len(_compile_seconds)
 
 
-def make_cache(model: ModelConfig, engine: EngineConfig) -> Cache:
-    """An empty cache, allocated by one small program an array kind."""
-    return paged.make(model, engine)
+def num_compiles_here() -> int:
+    """The same, counting only what this thread asked for."""
+    return _this_thread.count
+
+
+def last_compiled_here() -> str:
+    """The name of the function that this thread had compiled last."""
+    return _this_thread.last
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs on disk, so that the next start only reads them."""
+    """Keeps compiled programs on disk, so that the next start only reads them.
+
+    This is jax's own cache. It still traces, and serves what the store does not hold: the small
+    programs that loading weights runs, and steps whose stored form is stale.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _lower(shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig) -> Any:
+def _step_recipe(
+    shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: list[jax.Device]
+) -> _Recipe:
     function = {"prefill": step.prefill, "decode": step.decode}[shape.phase]
 
     def packed_step(params: Any, cache: Cache, packed: Any) -> tuple[Cache, StepOutput]:
         batch = unpack(packed, tokens=shape.tokens)
         return function(params, cache, batch, model=model, engine=engine)
 
-    packed_step.__name__ = shape.name.replace("-", "_")
     cache = abstract(paged.spec(model, engine), engine.compute_dtype)
     width = packed_width(shape.tokens, engine.pages_per_seq)
-    packed = jax.ShapeDtypeStruct((shape.rows, width), jnp.int32)
-    return jax.jit(packed_step, donate_argnums=1).lower(params, cache, packed)
+    arguments = (params, cache, jax.ShapeDtypeStruct((shape.rows, width), jnp.int32))
+    key = program_key(shape.name, model, engine, arguments=arguments, devices=devices)
+    trees = _trees(arguments, (cache, StepOutput(0, 0)))
+    return _Recipe(shape, packed_step, arguments, (1,), trees, key, devices)
 
 
-def _finish(shape: Shape, lowered: Any, started: float) -> Program:
+def _allocate_recipe(
+    model: ModelConfig, engine: EngineConfig, devices: list[jax.Device]
+) -> _Recipe:
+    def allocate() -> Cache:
+        return paged.make(model, engine)
+
+    key = program_key(ALLOCATE.name, model, engine, arguments=(), devices=devices)
+    trees = _trees((), abstract(paged.spec(model, engine), engine.compute_dtype))
+    return _Recipe(ALLOCATE, allocate, (), (), trees, key, devices)
+
+
+def _trees(arguments: tuple[Any, ...], result: Any) -> Trees:
+    return Trees(jax.tree.structure((arguments, {})), jax.tree.structure(result))
+
+
+def _obtain(recipes: Iterable[_Recipe], store: Store | None, progress: Progress) -> Programs:
+    """Loads what is stored; traces one program while others compile.
+
+    Tracing holds Python's lock; loading and compiling do not.
+    """
+    recipes = tuple(recipes)
+    with ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 1))) as pool:
+        found: dict[Shape, Program | None] = dict.fromkeys(recipe.shape for recipe in recipes)
+        if store is not None:
+            for recipe, program in zip(recipes, pool.map(_load_from(store), recipes), strict=True):
+                found[recipe.shape] = program
+                progress("programs", sum(map(bool, found.values())), len(recipes))
+        missing = [recipe for recipe in recipes if found[recipe.shape] is None]
+        pending = []
+        for recipe in missing:
+            started = time.monotonic()
+            lowered = _lower(recipe)
+            traced = time.monotonic() - started
+            pending.append((recipe.shape, pool.submit(_compile, recipe, lowered, traced, store)))
+        for done, (shape, future) in enumerate(pending, start=1):
+            found[shape] = future.result()
+            progress("compile", done, len(missing))
+    if store is not None and missing:
+        store.prune()
+    return {shape: program for shape, program in found.items() if program is not None}
+
+
+def _load_from(store: Store) -> Callable[[_Recipe], Program | None]:
+    def load(recipe: _Recipe) -> Program | None:
+        started = time.monotonic()
+        loaded = store.load(recipe.shape.name, recipe.key, recipe.trees, recipe.devices)
+        if loaded is None:
+            return None
+        return Program(
+            **vars(loaded.cost),
+            run=loaded.run,
+            text=loaded.run.as_text,
+            load_s=time.monotonic() - started,
+        )
+
+    return load
+
+
+def _lower(recipe: _Recipe) -> jax.stages.Lowered:
+    recipe.function.__name__ = recipe.shape.name.replace("-", "_")
+    return jax.jit(recipe.function, donate_argnums=recipe.donated).lower(*recipe.arguments)
+
+
+def _compile(
+    recipe: _Recipe, lowered: jax.stages.Lowered, trace_s: float, store: Store | None
+) -> Program:
+    started = time.monotonic()
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return Program(
-        shape=shape,
-        run=compiled,
-        seconds=time.monotonic() - started,
+    cost = ProgramCost(
+        **recipe.shape._asdict(),
+        key=digest(recipe.key),
         argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        text=compiled.as_text,
+        code_bytes=memory.generated_code_size_in_bytes,
+        trace_s=trace_s,
+        compile_s=time.monotonic() - started,
     )
+    if store is not None:
+        store.save(recipe.key, compiled, cost)
+    return Program(**vars(cost), run=compiled, text=compiled.as_text)
+
+
+def _devices(params: Any) -> list[jax.Device]:
+    """The devices of a tree of arrays, in the order in which programs number them."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return list(sharding.mesh.devices.flat)
+    return list(sharding.device_set)
 
 
 def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _count_compile(event: str, seconds: float, **_: Any) -> None:
+def _count_compile(event: str, seconds: float, **details: Any) -> None:
     if event == _COMPILE_EVENT:
         _compile_seconds.append(seconds)
+        _this_thread.count += 1
+        _this_thread.last = str(details.get("fun_name", "a function"))
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compile)

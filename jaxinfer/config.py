@@ -2,9 +2,9 @@
 
 import difflib
 import hashlib
+import math
 import os
 from collections.abc import Mapping
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from jaxinfer.errors import ConfigError
 Dtype = Literal["bfloat16", "float32"]
 PREFIX = "JAXINFER_"
 NOT_SETTINGS = {"JAXINFER_CACHE_DIR", "JAXINFER_DEBUG"}  # variables that set no key of Config
+COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 MIN_ROWS = 8  # below 8 rows a CPU matmul is slow and its bits differ: design.md section 6
 
 
@@ -102,6 +103,8 @@ class EngineConfig:
     """Tokens that attention reduces at a time: a multiple of the page size."""
     overlap: bool = True
     """Plan and dispatch step n+1 while step n runs."""
+    strict_compiles: bool = True
+    """A program that is compiled in a step ends the engine; otherwise it is counted and logged."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -147,6 +150,18 @@ class ServerConfig:
     max_message_bytes: int = 4 * 1024 * 1024
     drain_grace_s: float = 10.0
     """How long a stopping server lets running requests finish."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"server.port is {self.port}; it must be from 0 to 65535")
+        if self.max_message_bytes < 1:
+            raise ConfigError(
+                f"server.max_message_bytes is {self.max_message_bytes}; it must be at least 1"
+            )
+        if not 0 <= self.drain_grace_s < math.inf:
+            raise ConfigError(
+                f"server.drain_grace_s is {self.drain_grace_s}; it must be at least 0 and finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -250,6 +265,12 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
 def is_debug(environ: Mapping[str, str] | None = None) -> bool:
     """Whether JAXINFER_DEBUG asks for tracebacks."""
     return (os.environ if environ is None else environ).get("JAXINFER_DEBUG", "0") not in ("", "0")
+
+
+def compiler_flags(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment variables that change what XLA compiles, where they are set."""
+    variables = os.environ if environ is None else environ
+    return {name: variables[name] for name in COMPILER_VARIABLES if variables.get(name)}
 
 
 def check_engine(config: EngineConfig) -> None:

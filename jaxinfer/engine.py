@@ -3,6 +3,8 @@
     step n      |-- device --|
     step n+1        plan, begin, dispatch |-- device --|
     step n                                 read, commit, text
+
+The sampled token stays on the device; the host reads it while the next step runs.
 """
 
 import logging
@@ -19,8 +21,9 @@ import numpy as np
 from jaxinfer import compile as programs_of
 from jaxinfer.compile import Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.errors import DuplicateRequest, EngineFailed
+from jaxinfer.errors import CompileAfterStart, DuplicateRequest, EngineFailed
 from jaxinfer.host.batch import SlotTable
+from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import (
     EngineStats,
     FinishReason,
@@ -30,9 +33,11 @@ from jaxinfer.host.request import (
     Timings,
     check_request,
 )
-from jaxinfer.host.scheduler import Plan, Scheduler
+from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import StepOutput, inert_batch, pack
+from jaxinfer.plan import check_memory, plan_memory
+from jaxinfer.store import Store
 
 MAX_RECOVERIES_IN_A_ROW = 3
 _PROMPT_TAIL = 8  # tokens of the prompt that may change how the first new one reads
@@ -86,26 +91,33 @@ class Engine:
         config: EngineConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        store: Store | None = None,
         progress: programs_of.Progress = lambda stage, done, total: None,
     ) -> None:
         self.config = config
         self.model = model
         self.limits = Limits(model.vocab_size, config.max_seq_len, model.eos_token_ids)
-        self.programs: Programs = programs_of.build(params, model, config, progress=progress)
+        check_memory(plan_memory(model, config, params=params))
+        self.programs: Programs = programs_of.build(
+            params, model, config, store=store, progress=progress
+        )
+        self.allocate = programs_of.build_allocate(params, model, config, store=store)
+        every = (*self.programs.values(), self.allocate)
+        self.memory = plan_memory(model, config, params=params, programs=every)
+        check_memory(self.memory)
         self.params = params
         self._tokenizer = tokenizer
         self._clock = clock
-        self._cache = programs_of.make_cache(model, config)
+        self._cache = self.allocate.run()
         self._scheduler = Scheduler(config, eos_token_ids=model.eos_token_ids)
         self._table = SlotTable(config, eos_token_ids=model.eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._under_way: deque[_UnderWay] = deque()
         self._ended: list[_Live] = []
         self._num_recoveries_in_a_row = 0
-        self._counts = dict.fromkeys(("steps", "prefill", "output", "recoveries"), 0)
+        self._counts = dict.fromkeys(("steps", "prefill", "output", "recoveries", "compiles"), 0)
         self._host_s = self._wait_s = 0.0
         self._warm_up()
-        self._num_compiles_at_start = programs_of.num_compiles()
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +144,9 @@ class Engine:
             )
         self._live[request.request_id] = _Live(
             sequence=self._scheduler.add(request),
-            stream=self._tokenizer.stream(request.prompt[-_PROMPT_TAIL:], stop=request.sampling.stop),
+            stream=self._tokenizer.stream(
+                request.prompt[-_PROMPT_TAIL:], stop=request.sampling.stop
+            ),
             timings=Timings(self._clock()),
         )
 
@@ -148,9 +162,10 @@ class Engine:
     def step(self) -> list[Output]:
         """Dispatches one step and reads the one before it; returns what each request got.
 
-        Raises EngineFailed when the device fails again and again.
+        Raises EngineFailed when the device fails again and again, and CompileAfterStart.
         """
         started, waited = self._clock(), self._wait_s
+        num_compiles = programs_of.num_compiles_here()
         for sequence in self._scheduler.overdue(started):
             self._end(self._live[sequence.request.request_id], FinishReason.DEADLINE)
         try:
@@ -166,6 +181,7 @@ class Engine:
         ended, self._ended = self._ended, []
         outputs = [self._output(live) for live in _each_once([*touched, *ended])]
         self._host_s += self._clock() - started - (self._wait_s - waited)
+        self._watch_compiles(num_compiles)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -185,7 +201,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_recoveries=self._counts["recoveries"],
             num_programs=len(self.programs),
-            num_compiles_after_start=programs_of.num_compiles() - self._num_compiles_at_start,
+            num_compiles_after_start=self._counts["compiles"],
             host_s=self._host_s,
             wait_s=self._wait_s,
             num_queried_tokens=prefix.num_queried_tokens,
@@ -325,6 +341,20 @@ class Engine:
         if name != "scheduled_s" or live.timings.scheduled_s is None:
             live.timings = replace(live.timings, **{name: self._clock()})
 
+    def _watch_compiles(self, before: int) -> None:
+        """Nothing may compile in a step: it is counted and logged, and the end in strict mode."""
+        count = programs_of.num_compiles_here() - before
+        if not count:
+            return
+        self._counts["compiles"] += count
+        message = (
+            f"{count} programs were compiled in a step, {programs_of.last_compiled_here()} last, "
+            "though all of them were built at the start; engine.strict_compiles=false goes on"
+        )
+        log.error(message)
+        if self.config.strict_compiles:
+            raise CompileAfterStart(message)
+
     def _recover(self, error: Exception) -> None:
         """The failed step took the donated cache with it: a new one, and everyone starts over.
 
@@ -340,7 +370,7 @@ class Engine:
         self._under_way.clear()
         self._scheduler.restart()
         self._cache = None  # free the old pool before the new one is there
-        self._cache = programs_of.make_cache(self.model, self.config)
+        self._cache = self.allocate.run()
 
 
 def _each_once(lives: list[_Live]) -> list[_Live]:

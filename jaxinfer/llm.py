@@ -2,7 +2,7 @@
 
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from jaxinfer.host.request import (
     Timings,
 )
 from jaxinfer.sharding import placement
+from jaxinfer.store import find_store
 from jaxinfer.text.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
@@ -58,8 +59,8 @@ class Completion:
 class LLM:
     """A model that answers in this process. One thread at a time.
 
-        llm = LLM("smollm2-135m")
-        print(llm.generate(["The sky is"], SamplingParams(max_tokens=16))[0].text)
+    llm = LLM("smollm2-135m")
+    print(llm.generate(["The sky is"], SamplingParams(max_tokens=16))[0].text)
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt | Messages, sampling: SamplingParams | None = None
-    ) -> Iterator[Output]:
+    ) -> Generator[Output, None, None]:
         """Yields what each step brings for one prompt or conversation; closing it cancels."""
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         ids = self.tokenizer.encode_chat(prompt) if is_chat else self._ids(prompt)
@@ -144,8 +145,12 @@ class LLM:
 def load_engine(
     config: Config, *, progress: programs_of.Progress = lambda stage, done, total: None
 ) -> LoadedEngine:
-    """Loads a model and builds its engine: every program is compiled when this returns."""
-    programs_of.use_compilation_cache(settings.cache_dir() / "programs")
+    """Loads a model and builds its engine: every program is compiled when this returns.
+
+    A folder of compiled programs that can't be used costs time and a warning, not the start.
+    """
+    programs_of.use_compilation_cache(settings.cache_dir() / "xla")
+    store = find_store(settings.cache_dir() / "programs")
     checkpoint = weights.load(
         config.model,
         dtype=config.engine.compute_dtype,
@@ -154,7 +159,12 @@ def load_engine(
     )
     tokenizer = Tokenizer(checkpoint.text)
     engine = Engine(
-        checkpoint.params, checkpoint.config, tokenizer, config.engine, progress=progress
+        checkpoint.params,
+        checkpoint.config,
+        tokenizer,
+        config.engine,
+        store=store,
+        progress=progress,
     )
     jax.block_until_ready(checkpoint.params)
     defaults = checkpoint.sampling.or_else(JAXINFER_DEFAULTS)

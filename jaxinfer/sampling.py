@@ -26,9 +26,7 @@ class _Candidates(NamedTuple):
     ids: Int[Array, "B W"]
 
 
-def sample(
-    logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"]
-) -> StepOutput:
+def sample(logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"]) -> StepOutput:
     """Draws the token at `positions` of each row.
 
     Cuts come in Hugging Face's order: temperature, top_k, top_p of what is left, min_p. Ties go to

@@ -49,7 +49,8 @@ def abstract(specs: Any, dtype: DTypeLike) -> Any:
 def num_bytes(specs: Any, dtype: DTypeLike) -> int:
     """Bytes of the whole tree."""
     return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract(specs, dtype))
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract(specs, dtype))
     )
 
 

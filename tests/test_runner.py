@@ -79,7 +79,9 @@ def wait_for(condition):
 
 
 def ends(batches):
-    return {one.request_id: one.finish_reason for batch in batches for one in batch if one.finish_reason}
+    return {
+        one.request_id: one.finish_reason for batch in batches for one in batch if one.finish_reason
+    }
 
 
 def test_delivers_once_a_step_and_sleeps_without_work(started):

@@ -98,7 +98,9 @@ def test_frequencies_follow_the_probabilities():
 
 
 def test_noise_is_gumbel_and_differs_by_seed_position_and_token():
-    draws = [noise(seed, position, 20_000) for seed, position in ((0, 0), (1, 0), (0, 1), (2**40, 0))]
+    draws = [
+        noise(seed, position, 20_000) for seed, position in ((0, 0), (1, 0), (0, 1), (2**40, 0))
+    ]
     for one in draws:
         assert abs(one.mean() - 0.5772) < 0.03
         assert abs(one.var() - math.pi**2 / 6) < 0.07

@@ -58,7 +58,9 @@ def logits_of(dtype, sequences, params):
     run = partial(step.score, model=model, engine=engine)
     compiled = None
     for tokens in sequences:
-        batch = inert_batch(1, 512, pages_per_seq=engine.pages_per_seq, trash_slot=1, trash_page=engine.num_pages)
+        batch = inert_batch(
+            1, 512, pages_per_seq=engine.pages_per_seq, trash_slot=1, trash_page=engine.num_pages
+        )
         batch.tokens[0, : len(tokens)] = tokens
         batch.lengths[0] = len(tokens)
         batch.page_table[0] = np.arange(engine.pages_per_seq)

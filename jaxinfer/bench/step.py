@@ -150,9 +150,7 @@ def _time_decode(engine: Engine, active: int, context: int) -> float:
     return time.perf_counter() - started
 
 
-def _timing(
-    engine: Engine, load: tuple[int, int], times: list[float], speed: float
-) -> StepTiming:
+def _timing(engine: Engine, load: tuple[int, int], times: list[float], speed: float) -> StepTiming:
     active, context = load
     rows = next(rows for rows in engine.config.row_counts if rows >= active)
     shape = Shape("decode", rows, 1)
@@ -170,7 +168,9 @@ def _timing(
     )
 
 
-def _time_engine(engine: Engine, active: int, *, prompt_len: int = 64, steps: int = 64) -> HostTiming:
+def _time_engine(
+    engine: Engine, active: int, *, prompt_len: int = 64, steps: int = 64
+) -> HostTiming:
     """Serves `active` equal requests and counts only the steps in which all of them decode."""
     sampling = SamplingParams(
         temperature=0.0, max_tokens=steps + 8, ignore_eos=True, seed=0

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.host.scheduler import Chunk
+from jaxinfer.host.plan import Chunk
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import inert_batch, pack, unpack
 

@@ -37,6 +37,11 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     @property
+    def idle(self) -> list[int]:
+        """Pages that only the prefix cache holds, the next one to be evicted first."""
+        return list(self._idle)
+
+    @property
     def num_idle(self) -> int:
         """Pages that only the prefix cache holds."""
         return len(self._idle)

@@ -201,9 +201,7 @@ def _check_number(params: SamplingParams, name: str, *, low: float, high: float)
         raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}", field=name)
 
 
-def _check_integer(
-    params: SamplingParams, name: str, *, low: int, high: int = 2**31 - 1
-) -> None:
+def _check_integer(params: SamplingParams, name: str, *, low: int, high: int = 2**31 - 1) -> None:
     value = getattr(params, name)
     if value is None:
         return
@@ -230,7 +228,5 @@ def _check_stops(params: SamplingParams) -> None:
         )
 
 
-JAXINFER_DEFAULTS = SamplingParams(
-    temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_tokens=0
-)
-"""What a parameter is when neither the request nor the model says; the seed is drawn at the edge."""
+JAXINFER_DEFAULTS = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, min_tokens=0)
+"""What holds where neither the request nor the model says; the edge draws the seed."""

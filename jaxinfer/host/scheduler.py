@@ -12,61 +12,13 @@ With overlap, plan and begin of step n+1 come before retire and commit of step n
 
 import bisect
 from collections.abc import Sequence as Items
-from typing import NamedTuple
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
+from jaxinfer.host.plan import Admission, Chunk, Plan, Stored
 from jaxinfer.host.prefix import PrefixCache
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
-
-
-class Chunk(NamedTuple):
-    """A piece of a sequence to prefill."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    size: int  # of the program that takes it: length plus padding
-    is_last: bool  # the token after it is sampled
-
-
-class Admission(NamedTuple):
-    """A slot for a sequence, and the cached pages that it begins with."""
-
-    sequence: Sequence
-    slot: int
-    shared: tuple[int, ...]
-
-
-class Stored(NamedTuple):
-    """How far a sequence's tokens are in pages once the step has returned."""
-
-    sequence: Sequence
-    num_stored: int
-    num_preemptions: int  # when it was planned: a later one makes this void
-
-
-class Plan(NamedTuple):
-    """One step, decided."""
-
-    preempt: tuple[Sequence, ...]
-    admit: tuple[Admission, ...]
-    chunks: tuple[Chunk, ...]
-    decodes: tuple[Sequence, ...]
-    num_pages: dict[int, int]  # arrival order -> pages that the sequence then has
-    stored: tuple[Stored, ...]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to run."""
-        return not (self.chunks or self.decodes)
-
-    @property
-    def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that get a token from this step, in the order of its outputs."""
-        last = tuple(chunk.sequence for chunk in self.chunks if chunk.is_last)
-        return (*last, *self.decodes)
 
 
 class Scheduler:
@@ -141,13 +93,18 @@ class Scheduler:
             sequence.num_pending += 1
 
     def retire(self, plan: Plan, tokens: Items[int]) -> None:
-        """The step has returned with these tokens: what it wrote may be shared from now on."""
+        """The step has returned with these tokens: what it wrote may be shared from now on.
+
+        Pages are published once a finite token shows that all before it was finite, so those of a
+        long prompt with its first token.
+        """
         broken = [one for one, token in zip(plan.sampled, tokens, strict=True) if token < 0]
         for sequence, num_stored, num_preemptions in plan.stored:
             is_held = sequence.finish_reason is None and sequence.slot is not None
             if is_held and sequence.num_preemptions == num_preemptions and sequence not in broken:
                 sequence.num_written = num_stored
-                self._publish(sequence)
+                if sequence in plan.sampled:
+                    self._publish(sequence)
 
     def commit(self, sequence: Sequence, token: int) -> bool:
         """Takes in one sampled token, in the order of plan.sampled; False where it doesn't count.

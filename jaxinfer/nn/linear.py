@@ -27,9 +27,7 @@ def project(
         flat = jnp.pad(flat, ((0, MIN_ROWS - rows), (0, 0)))
     out_shape = weight.shape[: weight.ndim - contract]
     table = weight.reshape(math.prod(out_shape), inner)
-    out = lax.dot_general(
-        flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    out = lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     out = out[:rows].reshape(*lead, *out_shape)
     return out if bias is None else out + bias.astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""The scheduler under a fake device: a token is a hash of all that its row can read in its pages."""
+"""The scheduler on a fake device, whose token is a hash of all that a row reads in its pages."""
 
 import dataclasses
 import random
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import JAXINFER_DEFAULTS, FinishReason, Request, SamplingParams
-from jaxinfer.host.scheduler import Plan, Scheduler
+from jaxinfer.host.scheduler import Scheduler
 
 EOS = 13
 
@@ -67,7 +68,9 @@ def expected_tokens(request, config):
 
 def make_request(name, prompt, **fields):
     sampling = {k: fields.pop(k) for k in ("max_tokens", "ignore_eos") if k in fields}
-    return Request(name, tuple(prompt), SamplingParams(**sampling).or_else(JAXINFER_DEFAULTS), **fields)
+    return Request(
+        name, tuple(prompt), SamplingParams(**sampling).or_else(JAXINFER_DEFAULTS), **fields
+    )
 
 
 class World:

@@ -1,4 +1,4 @@
-"""Every architecture against logits that transformers computed: in one chunk, in three, by token."""
+"""Every architecture against transformers: in one chunk, in three chunks, token by token."""
 
 from functools import cache, partial
 from pathlib import Path

@@ -1,0 +1,76 @@
+"""The order of one engine step, with one step always under way: engine and simulator share it.
+
+    step n      |-- device --|
+    step n+1        plan, begin, dispatch |-- device --|
+    step n                                 read, retire, commit
+"""
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Generic, NamedTuple, TypeVar
+
+from jaxinfer.host.plan import Plan
+from jaxinfer.host.scheduler import Scheduler
+from jaxinfer.host.sequence import Sequence
+
+Handle = TypeVar("Handle")
+
+
+class Sampled(NamedTuple):
+    """One token of a step that has returned."""
+
+    sequence: Sequence
+    token: int  # negative where the row's logits were not finite
+    place: int  # among the outputs of its step
+    counts: bool  # False where the sequence ended before, or ends now because of this token
+
+
+class Loop(Generic[Handle]):
+    """Drives a scheduler; what a step means is up to the callbacks.
+
+    `planned` sees every plan before it is booked, `dispatch` starts a step and returns its handle,
+    `read` waits for one and returns its tokens in the order of plan.sampled, and `take` gets each
+    token as soon as it is committed. Where dispatch or read raises, call `restart`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        overlap: bool,
+        dispatch: Callable[[Plan], Handle],
+        read: Callable[[Plan, Handle], Items[int]],
+        take: Callable[[Sampled], None],
+        planned: Callable[[Plan], None] = lambda plan: None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.under_way: deque[tuple[Plan, Handle]] = deque()
+        self._overlap = overlap
+        self._dispatch = dispatch
+        self._read = read
+        self._take = take
+        self._planned = planned
+
+    def step(self) -> None:
+        """Dispatches one step, if there is one to run, and takes in the step before it."""
+        plan = self.scheduler.plan()
+        self._planned(plan)
+        self.scheduler.begin(plan)
+        if not plan.is_empty:
+            self.under_way.append((plan, self._dispatch(plan)))
+        keep = 1 if self._overlap and not plan.is_empty else 0
+        while len(self.under_way) > keep:
+            self._finish(*self.under_way.popleft())
+
+    def restart(self) -> None:
+        """After a failed step: what was under way is lost, and every sequence starts over."""
+        self.under_way.clear()
+        self.scheduler.restart()
+
+    def _finish(self, plan: Plan, handle: Handle) -> None:
+        tokens = self._read(plan, handle)
+        self.scheduler.retire(plan, tokens)
+        for place, (sequence, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
+            counts = self.scheduler.commit(sequence, token)
+            self._take(Sampled(sequence, token, place, counts))
