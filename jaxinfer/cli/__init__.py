@@ -1,107 +1,52 @@
-"""The command `jaxinfer`. Nothing here imports JAX before a command needs it."""
+"""The command `jaxinfer`: its table of commands, and an overview that needs no library."""
 
-import re
 import sys
-from collections.abc import Iterator, Sequence
-
-from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.text import Text
+from collections.abc import Sequence
 
 import jaxinfer
-from jaxinfer import config
-from jaxinfer.cli import chat, configs, demo, doctor, generate, inspect, serve
-from jaxinfer.errors import ConfigError, InvalidRequest, JaxinferError
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-EPILOGUE = """Any setting is a flag too: `--engine.num-slots 32 --engine.cache.page-size 32`. Order:
-defaults, files of -c left to right, environment (JAXINFER_ENGINE__NUM_SLOTS=32), flags.
-`jaxinfer config show` prints all of them."""
+COMMANDS = {
+    "demo": "Starts a server, asks it six things at once, shows answers and numbers.",
+    "generate": "Continues one prompt, without a server.",
+    "chat": "Talks with a model, on the terminal or line by line from a pipe.",
+    "serve": "Serves a model over gRPC until SIGTERM or Ctrl-C.",
+    "inspect": "Shows the parameter tree of a model and the memory plan of the settings.",
+    "config": "Shows, compares and describes settings.",
+    "doctor": "Says what would keep jaxinfer from running on this machine.",
+}
+"""One line a command; each lives in the module of its name, loaded when it is called."""
 
-_DOTTED = re.compile(r"--[A-Za-z][\w-]*(\.[\w-]+)+(=.*)?", re.DOTALL)
+SETTINGS_HELP = """\
+Every setting is a flag: --engine.num-slots 32 --engine.cache.page-size 32; a later one of these
+wins: defaults, files of -c left to right, environment (JAXINFER_ENGINE__NUM_SLOTS=32), flags.
+`jaxinfer config show` prints them all."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Runs one command and exits: 0 done, 2 the input or a setting is wrong, 1 anything else."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one command and returns the exit code; errors of ours become one line on stderr."""
-    is_debug = "--debug" in argv or config.is_debug()
-    try:
-        code = make_app()(
-            list(with_settings(argv)),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
-        )
-        sys.stdout.flush()
-    except (CycloptsError, JaxinferError) as error:
-        if is_debug and isinstance(error, JaxinferError):
-            raise
-        say_error(str(error))
-        return BAD_INPUT if isinstance(error, CycloptsError | ConfigError | InvalidRequest) else FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader left, as `| head` does
-        sys.stderr.close()
-        return FAILED
-    return code if isinstance(code, int) else 0
+    """Runs one command and returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    from jaxinfer.cli import app
+
+    return app.run(argv)
 
 
-def make_app() -> App:
-    """All commands."""
-    plain = Parameter(negative=(), show_default=False)
-    app = App(
-        name="jaxinfer",
-        help="Runs large language models with JAX: in this process, or as a gRPC server.",
-        help_epilogue=EPILOGUE,
-        help_format="markdown",
-        version=jaxinfer.__version__,
-        default_parameter=plain,
-    )
-    app.command(demo.demo)
-    app.command(generate.generate)
-    app.command(chat.chat)
-    app.command(serve.serve)
-    app.command(inspect.inspect)
-    app.command(configs.make_app(plain))
-    app.command(doctor.doctor)
-    return app
+def overview() -> str:
+    """What `jaxinfer --help` says."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = (f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
+    return f"""\
+jaxinfer {jaxinfer.__version__}: runs language models with JAX, in this process or as a gRPC server.
 
+  jaxinfer COMMAND --help     the options of a command
+  jaxinfer --version
 
-def with_settings(argv: Sequence[str]) -> Iterator[str]:
-    """The arguments, with each dotted flag written as the `--set` that it means."""
-    switches = {key for key, value in config.flatten(config.Config()) if isinstance(value, bool)}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if token == "--":
-            yield from (token, *tokens)
-            return
-        if not _DOTTED.fullmatch(token):
-            yield token
-            continue
-        if "=" not in token:
-            is_switch = token.removeprefix("--").replace("-", "_") in switches
-            token += f"={_value(tokens, is_switch=is_switch)}"
-        yield f"--set={token}"
+{chr(10).join(lines)}
 
-
-def say_error(message: str) -> None:
-    """One line on stderr, red where there is colour."""
-    line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        Text.assemble(("error: ", "bold red"), (line, "red"))
-    )
-
-
-def _value(tokens: list[str], *, is_switch: bool) -> str:
-    """Takes the value of a dotted flag from the tokens after it; a switch may stand alone."""
-    following = tokens[0] if tokens else ""
-    if is_switch and following.lower() not in ("true", "false", "1", "0"):
-        return "true"
-    if not tokens or re.match(r"-[A-Za-z-]", following):
-        return ""
-    return tokens.pop(0)
+{SETTINGS_HELP}"""

@@ -5,14 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
 from rich.console import Console
 
 from jaxinfer.cli import progress
 from jaxinfer.cli.generate import check
-from jaxinfer.cli.options import Common
+from jaxinfer.cli.options import COMMON, UNSET, Common, Sampling, opening
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.host.request import SamplingParams
 
@@ -25,8 +24,8 @@ HELP = "/reset forgets the conversation, /quit leaves, Ctrl-C ends an answer"
 def chat(
     *,
     system: str | None = None,
-    sampling: Annotated[SamplingParams, Parameter(name="*")] = SamplingParams(),
-    common: Common = Common(),
+    sampling: Sampling = UNSET,
+    common: Common = COMMON,
 ) -> None:
     """Talks with a model. With a pipe as stdin, each line is one message.
 
@@ -42,7 +41,7 @@ def chat(
         llm = LLM(config=settings, progress=show)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        Console(stderr=True).print(f"{llm.name}: {HELP}", style="dim")
+        Console(stderr=True, highlight=False).print(f"{llm.name}: {HELP}", style="dim")
     talk(llm, read_terminal() if is_terminal else iter(sys.stdin), sampling, system=system)
 
 
@@ -50,15 +49,14 @@ def talk(
     llm: "LLM", lines: Iterator[str], sampling: SamplingParams, *, system: str | None = None
 ) -> None:
     """Answers each line until they end or one says /quit."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(first)
+    messages = opening(system)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for line in lines:
         said = line.strip()
         if said == "/quit":
             return
         if said == "/reset":
-            messages = list(first)
+            messages = opening(system)
         elif said.startswith("/"):
             errors.print(f"{said.split()[0]} is no command: {HELP}", style="dim")
         elif said:

@@ -3,12 +3,10 @@
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from jaxinfer.cli import progress
-from jaxinfer.cli.options import Common, PromptOptions
+from jaxinfer.cli.options import COMMON, NO_PROMPT, UNSET, Common, Json, PromptOptions, Sampling
 from jaxinfer.errors import EngineFailed, InvalidRequest
 from jaxinfer.host.request import FinishReason, Output, SamplingParams, Timings
 
@@ -18,10 +16,10 @@ if TYPE_CHECKING:
 
 def generate(
     *,
-    prompt: PromptOptions = PromptOptions(),
-    sampling: Annotated[SamplingParams, Parameter(name="*")] = SamplingParams(),
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
-    common: Common = Common(),
+    prompt: PromptOptions = NO_PROMPT,
+    sampling: Sampling = UNSET,
+    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Continues one prompt, without a server.
 

@@ -7,11 +7,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from jaxinfer import config
+from jaxinfer import config as settings
 from jaxinfer.errors import InvalidRequest
+from jaxinfer.host.request import SamplingParams
+from jaxinfer.settings import from_override
 
-Quiet = Annotated[bool, Parameter(name="--json")]
-"""Prints one JSON object, for scripts."""
+Json = Annotated[bool, Parameter(name="--json")]
+Sampling = Annotated[SamplingParams, Parameter(name="*")]
+UNSET = SamplingParams()
 
 
 @Parameter(name="*")
@@ -21,28 +24,30 @@ class Common:
 
     model: Annotated[str | None, Parameter(name=["--model", "-m"])] = None
     """An alias (smollm2-135m), a Hugging Face folder, a GGUF file, or a folder of jaxinfer's."""
-    config: Annotated[tuple[str, ...], Parameter(name=["--config", "-c"])] = ()
+    files: Annotated[tuple[str, ...], Parameter(name=["--config", "-c"])] = ()
     """A TOML file or a preset (cpu-8, cpu-32, exact-f32); repeatable, a later one wins."""
-    set: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
+    overrides: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
     """One setting, key=value; `--engine.num-slots 32` is short for it."""
     debug: bool = False
     """Shows the traceback of an error."""
 
-    def load(self) -> config.Config:
+    def load(self) -> settings.Config:
         """The settings that these options, the environment and the defaults make."""
-        return config.load(*self.sources())
+        return settings.load(*self.sources())
 
     def sources(self) -> tuple[str, ...]:
         """What `config.load` takes."""
+        for text in self.overrides:
+            from_override(text)  # without a = it would pass for a file
         model = () if self.model is None else (f"--model={self.model}",)
-        return (*self.config, *model, *self.set)
+        return (*self.files, *model, *self.overrides)
 
     def arguments(self) -> tuple[str, ...]:
         """The same options for the command line of another process."""
-        files = (part for file in self.config for part in ("-c", file))
+        files = (part for file in self.files for part in ("-c", file))
         model = () if self.model is None else ("--model", self.model)
         debug = ("--debug",) if self.debug else ()
-        return (*files, *model, *(f"--set={text}" for text in self.set), *debug)
+        return (*files, *model, *(f"--set={text}" for text in self.overrides), *debug)
 
 
 @Parameter(name="*")
@@ -50,9 +55,7 @@ class Common:
 class PromptOptions:
     """What to continue."""
 
-    prompt: Annotated[
-        str | None, Parameter(name=["--prompt", "-p"], allow_leading_hyphen=True)
-    ] = None
+    prompt: Annotated[str | None, Parameter(alias="-p", allow_leading_hyphen=True)] = None
     """The text to continue; `-` reads it from stdin."""
     prompt_file: Path | None = None
     """A UTF-8 file with the text to continue."""
@@ -68,7 +71,7 @@ class PromptOptions:
         given = [self.prompt is not None, self.prompt_file is not None, self.token_ids is not None]
         if sum(given) != 1:
             raise InvalidRequest(
-                "give one prompt: --prompt TEXT (- for stdin), --prompt-file FILE or --token-ids IDS",
+                "give one prompt: --prompt TEXT (- for stdin), --prompt-file or --token-ids",
                 field="prompt",
             )
         if self.token_ids is not None:
@@ -77,22 +80,22 @@ class PromptOptions:
             return _token_ids(self.token_ids)
         if self.prompt_file is not None:
             return _read_file(self.prompt_file)
-        return read_stdin() if self.prompt == "-" else str(self.prompt)
+        return (
+            _decoded(sys.stdin.buffer.read(), "stdin") if self.prompt == "-" else str(self.prompt)
+        )
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The prompt as a conversation."""
-        return conversation(text, system=self.system)
+        return [*opening(self.system), {"role": "user", "content": text}]
 
 
-def conversation(text: str, *, system: str | None = None) -> list[dict[str, str]]:
-    """A user's message, after the system's where there is one."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": text}]
+COMMON = Common()
+NO_PROMPT = PromptOptions()
 
 
-def read_stdin() -> str:
-    """All of stdin as text."""
-    return _decoded(sys.stdin.buffer.read(), "stdin")
+def opening(system: str | None) -> list[dict[str, str]]:
+    """How a conversation starts: with what the system says, if anything."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _read_file(path: Path) -> str:

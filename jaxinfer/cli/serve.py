@@ -13,15 +13,15 @@ from cyclopts import Parameter
 
 from jaxinfer import config
 from jaxinfer.cli import progress
-from jaxinfer.cli.options import Common
+from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import ConfigError
 
 
 def serve(
     *,
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    as_json: Json = False,
     stats_json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    common: Common = Common(),
+    common: Common = COMMON,
 ) -> None:
     """Serves a model over gRPC until SIGTERM or Ctrl-C; running requests may finish first.
 

@@ -73,4 +73,3 @@ def head(params: Params, x: Float[Array, "... D"], *, config: ModelConfig) -> Fl
     """The logits of some rows of the residual stream."""
     table = params.embedding if params.head is None else params.head
     return project(rms_norm(x, params.final_norm, eps=config.norm_eps), table)
-

@@ -1,28 +1,18 @@
 """`jaxinfer config`: the settings, where they come from, and their schema."""
 
 import json
-from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from jaxinfer import config
-from jaxinfer.cli.options import Common
+from jaxinfer import config, settings
+from jaxinfer.cli import COMMANDS
+from jaxinfer.cli.options import COMMON, Common, Json
 
-
-def make_app(plain: Parameter) -> App:
-    """The subcommands of `config`."""
-    app = App(
-        name="config", help="Shows, compares and describes settings.", default_parameter=plain
-    )
-    app.command(show)
-    app.command(diff)
-    app.command(schema)
-    return app
+app = App(name="config", help=COMMANDS["config"])
 
 
-def show(
-    *, as_json: Annotated[bool, Parameter(name="--json")] = False, common: Common = Common()
-) -> None:
+@app.command
+def show(*, as_json: Json = False, common: Common = COMMON) -> None:
     """Prints every setting as TOML that -c reads back, and the hash of all of them.
 
     Parameters
@@ -30,19 +20,20 @@ def show(
     as_json
         Prints one JSON object instead: key to value.
     """
-    settings = common.load()
+    loaded = common.load()
     if as_json:
-        print(json.dumps({"digest": config.digest(settings), **dict(config.flatten(settings))}))
+        print(json.dumps({"digest": config.digest(loaded), **dict(settings.flatten(loaded))}))
         return
-    print(f"# {config.digest(settings)}")
-    print(config.to_toml(settings), end="")
+    print(f"# {config.digest(loaded)}")
+    print(config.to_toml(loaded), end="")
 
 
+@app.command
 def diff(
     *,
     against: tuple[str, ...] = (),
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
-    common: Common = Common(),
+    as_json: Json = False,
+    common: Common = COMMON,
 ) -> None:
     """Prints the settings that differ from the defaults, and who set them.
 
@@ -54,13 +45,13 @@ def diff(
         Prints one JSON object instead: key to the two values and the origin.
     """
     layers = config.gather(*common.sources())
-    settings = config.override(config.Config(), layers)
+    loaded = settings.apply(config.Config(), layers)
     base = config.load(*against, environ={})
     origins = {".".join(key): setting.origin for key, setting in layers.items()}
-    before, other = dict(config.flatten(base)), "/".join(against) or "defaults"
+    before, other = dict(settings.flatten(base)), " ".join(against) or "default"
     changes = [
-        (key, before[key], value, origins.get(key, "defaults"))
-        for key, value in config.flatten(settings)
+        (key, before[key], value, origins.get(key, "default"))
+        for key, value in settings.flatten(loaded)
         if before[key] != value
     ]
     if as_json:
@@ -75,11 +66,12 @@ def diff(
         return
     for key, was, value, origin in changes:
         print(
-            f"{key} = {config.format_value(value)}"
-            f"  # {origin}; {other}: {config.format_value(was)}"
+            f"{key} = {settings.format_value(value)}"
+            f"  # {origin}; {other}: {settings.format_value(was)}"
         )
 
 
+@app.command
 def schema() -> None:
     """Prints the JSON schema of a settings file, for editors that complete and check TOML."""
-    print(json.dumps(config.schema(), indent=2))
+    print(json.dumps(settings.schema(config.Config), indent=2))
