@@ -11,6 +11,7 @@ COMMANDS = {
     "chat": "Talks with a model, on the terminal or line by line from a pipe.",
     "serve": "Serves a model over gRPC until SIGTERM or Ctrl-C.",
     "inspect": "Shows the parameter tree of a model and the memory plan of the settings.",
+    "bench": "Measures this machine with a model, against what it could do.",
     "config": "Shows, compares and describes settings.",
     "doctor": "Says what would keep jaxinfer from running on this machine.",
 }
