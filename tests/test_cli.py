@@ -271,8 +271,10 @@ def test_inspect_shows_the_tree_and_the_plan(capsys, tmp_path):
     memory = facts["memory"]
     assert (code, facts["architecture"]) == (0, "llama")
     assert memory["weight_bytes"] == 4 * facts["num_parameters"]
-    assert memory["total_bytes"] == memory["weight_bytes"] + memory["page_bytes"]
-    assert memory["bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # k and v, layers, kv heads, head, f32
+    fixed = memory["weight_bytes"] + memory["temp_bytes"] + memory["code_bytes"]
+    assert memory["total_bytes"] == fixed + memory["cache_bytes"]
+    one_token = 2 * 2 * 2 * 16 * 4  # k and v, layers, kv heads, head, f32
+    assert memory["page_bytes"] == one_token * memory["page_size"]
     assert "layers.0-1.mlp.down" in run(capsys, *argv)[1]
 
 

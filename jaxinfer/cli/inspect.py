@@ -4,8 +4,9 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from math import prod
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -13,7 +14,9 @@ from rich.table import Table
 
 from jaxinfer.cli import progress
 from jaxinfer.cli.options import COMMON, Common, Json
-from jaxinfer.config import EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from jaxinfer.plan import MemoryPlan
 
 
 class Parameters(NamedTuple):
@@ -24,25 +27,6 @@ class Parameters(NamedTuple):
     dtype: str
     num_arrays: int
     num_bytes: int  # of all of them
-
-
-class Plan(NamedTuple):
-    """What a config takes of the device's memory."""
-
-    weight_bytes: int
-    page_bytes: int
-    num_pages: int
-    page_size: int
-    bytes_per_token: int
-    num_slots: int
-    max_seq_len: int
-    temp_bytes: int | None = None  # of the program that needs most
-    programs: dict[str, int] | None = None  # temporary bytes by program
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it at the moment of the largest temporary."""
-        return self.weight_bytes + self.page_bytes + (self.temp_bytes or 0)
 
 
 def inspect(
@@ -65,12 +49,13 @@ def inspect(
 
     from jaxinfer import compile as programs_of
     from jaxinfer import models, spec, weights
+    from jaxinfer.plan import plan_memory
 
     dtype = settings.engine.compute_dtype
     with progress.shown() as show:
         source = weights.describe(settings.model, progress=show)
         specs = models.module_of(source.config).spec(source.config)
-        programs = None
+        programs = {}
         if compile:
             placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             params = jax.tree.map(
@@ -80,26 +65,9 @@ def inspect(
             programs = programs_of.build(params, source.config, settings.engine, progress=show)
     leaves = spec.paths(specs).items()
     groups = grouped((name, leaf.shape, str(leaf.dtype or dtype)) for name, leaf in leaves)
-    plan = memory_plan(source.config, settings.engine, groups)
-    if programs is not None:
-        temps = {shape.name: program.temp_bytes for shape, program in programs.items()}
-        plan = plan._replace(temp_bytes=max(temps.values()), programs=temps)
-    write(source.name, source.config.architecture, groups, plan, as_json=as_json)
-
-
-def memory_plan(model: ModelConfig, engine: EngineConfig, groups: list[Parameters]) -> Plan:
-    """What weights and pages take; compiling tells the rest."""
-    from jaxinfer import cache, spec
-
-    return Plan(
-        weight_bytes=sum(group.num_bytes for group in groups),
-        page_bytes=spec.num_bytes(cache.spec(model, engine), engine.compute_dtype),
-        num_pages=engine.num_pages,
-        page_size=engine.cache.page_size,
-        bytes_per_token=cache.bytes_per_token(model, engine),
-        num_slots=engine.num_slots,
-        max_seq_len=engine.max_seq_len,
-    )
+    plan = plan_memory(source.config, settings.engine, programs=programs.values())
+    temps = {shape.name: program.temp_bytes for shape, program in programs.items()}
+    write(source.name, source.config.architecture, groups, plan, temps, as_json=as_json)
 
 
 def grouped(leaves: Iterable[tuple[str, tuple[int, ...], str]]) -> list[Parameters]:
@@ -124,7 +92,8 @@ def write(
     name: str,
     architecture: str,
     groups: list[Parameters],
-    plan: Plan,
+    plan: "MemoryPlan",
+    temps: dict[str, int],
     *,
     as_json: bool,
 ) -> None:
@@ -133,13 +102,14 @@ def write(
     if as_json:
         tree = [group._asdict() for group in groups]
         facts = {"model": name, "architecture": architecture, "num_parameters": num_parameters}
-        memory = {**plan._asdict(), "total_bytes": plan.total_bytes}
+        sums = {"cache_bytes": plan.cache_bytes, "total_bytes": plan.total_bytes}
+        memory = {**asdict(plan), **sums, "temp_bytes_by_program": temps}
         print(json.dumps({**facts, "parameters": tree, "memory": memory}))
         return
     console = Console() if sys.stdout.isatty() else Console(width=100)
     title = f"{name}: {architecture}, {num_parameters / 1e6:.1f} M parameters"
     console.print(_tree_table(title, groups))
-    console.print(_plan_table(plan))
+    console.print(_plan_table(plan, temps))
 
 
 def _tree_table(title: str, groups: list[Parameters]) -> Table:
@@ -152,20 +122,26 @@ def _tree_table(title: str, groups: list[Parameters]) -> Table:
     return table
 
 
-def _plan_table(plan: Plan) -> Table:
+def _plan_table(plan: "MemoryPlan", temps: dict[str, int]) -> Table:
     table = Table("memory", "", "bytes", title="plan", title_justify="left")
     table.columns[2].justify = "right"
     pages = f"{plan.num_pages} and the trash page, {plan.page_size} tokens each"
     table.add_row("weights", "", size(plan.weight_bytes))
-    table.add_row("pages", pages, size(plan.page_bytes))
-    for name, temp_bytes in (plan.programs or {}).items():
+    table.add_row("pages", pages, size(plan.cache_bytes))
+    for name, temp_bytes in temps.items():
         table.add_row("temporary", name, size(temp_bytes))
-    if plan.programs is None:
-        table.add_row("temporary", "--compile tells", "?")
+    if plan.is_temp_estimate:
+        table.add_row("temporary", "an estimate; --compile tells", size(plan.temp_bytes))
     table.add_section()
-    temporary = "without temporaries" if plan.temp_bytes is None else "with the largest temporary"
-    table.add_row("total", temporary, size(plan.total_bytes))
-    table.add_row("one token", "its keys and values in all layers", size(plan.bytes_per_token))
+    table.add_row("total", "with the largest temporary", size(plan.total_bytes))
+    if plan.device_bytes is not None:
+        table.add_row("device", "what it has", size(plan.device_bytes))
+    one_token = plan.page_bytes // plan.page_size
+    table.add_row("one token", "its keys and values in all layers", size(one_token))
+    lengths = (plan.max_seq_len, max(1, plan.max_seq_len // 8))
+    for length in lengths:
+        held = f"{plan.num_sequences(length)} at once; memory for {plan.max_sequences(length)}"
+        table.add_row("sequences", f"of {length} tokens", held)
     return table
 
 
