@@ -41,14 +41,17 @@ class SamplingParams:
     min_p: float | None = None
     """Drop tokens less likely than this share of the likeliest one's probability."""
     seed: int | None = None
-    """Same seed, same request: same tokens. None lets the edge draw one and report it."""
+    """The same seed and request give the same tokens; without one, one is drawn and reported."""
     max_tokens: int | None = None
     """None means as many as the context holds."""
     min_tokens: int | None = None
     """No end token or stop token before this many."""
     stop: tuple[str, ...] = ()
+    """Ends at any of these texts, which is not part of the answer."""
     stop_token_ids: tuple[int, ...] = ()
+    """Ends at any of these tokens, which is not part of the text."""
     ignore_eos: bool = False
+    """Goes on after the model's own end token."""
 
     def __post_init__(self) -> None:
         _check_number(self, "temperature", low=0.0, high=100.0)

@@ -1,0 +1,120 @@
+"""The server with the real engine on a tiny model: streams, leavers, deadlines, bad neighbours."""
+
+import asyncio
+from functools import partial
+
+import pytest
+
+from jaxinfer.client import AsyncClient, Completed, Delta
+from jaxinfer.config import CacheConfig, ServerConfig
+from jaxinfer.errors import DeadlinePassed, InvalidRequest
+from jaxinfer.host.request import JAXINFER_DEFAULTS
+from jaxinfer.runner import EngineThread
+from jaxinfer.server.app import Server
+from jaxinfer.server.served import ServedModel
+from tests import tiny
+from tests.server.fake_engine import FakeTokenizer
+
+PROMPTS = [[3 + number, 5, 7] * (1 + number % 5) for number in range(24)]
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return tiny.make_engine(cache=CacheConfig(num_pages=64))
+
+
+def serve(engine, scenario):
+    """Runs `scenario(client)` against a server with this engine."""
+
+    async def run():
+        tokenizer = FakeTokenizer()
+        served = ServedModel("tiny", tiny.MODEL, tokenizer, engine.limits, JAXINFER_DEFAULTS)
+        server = Server(served, partial(EngineThread, engine), ServerConfig(port=0))
+        port = await server.start()
+        await server.set_serving(True)
+        client = AsyncClient(f"127.0.0.1:{port}")
+        try:
+            return await scenario(client)
+        finally:
+            await client.close()
+            await server.stop(2.0)
+
+    return asyncio.run(run())
+
+
+async def until_idle(engine):
+    async with asyncio.timeout(10):
+        while engine.stats().num_running or engine.stats().num_waiting:
+            await asyncio.sleep(0.01)
+
+
+def test_streams_of_many_clients_give_what_the_engine_gives(engine):
+    async def one(client, prompt):
+        events = [event async for event in client.stream(token_ids=prompt, **GREEDY)]
+        assert isinstance(events[-1], Completed)
+        deltas = [event for event in events if isinstance(event, Delta)]
+        assert "".join(event.text for event in deltas) == events[-1].completion.text
+        return tuple(events[-1].completion.token_ids)
+
+    async def all_of_them(client):
+        return await asyncio.gather(*(one(client, prompt) for prompt in PROMPTS))
+
+    requests = [
+        tiny.make_request(f"r{number}", prompt, max_tokens=12)
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    expected = tiny.run(engine, requests)
+    found = serve(engine, all_of_them)
+    assert found == [expected[f"r{number}"].tokens for number in range(len(PROMPTS))]
+
+
+def test_a_client_that_leaves_frees_its_slot_and_pages(engine):
+    async def leave(client):
+        stream = client.stream(token_ids=[9, 9, 9], **(GREEDY | {"max_tokens": 250}))
+        async for event in stream:
+            if isinstance(event, Delta):
+                break
+        await stream.aclose()
+        await until_idle(engine)
+
+    steps = engine.stats().num_steps
+    serve(engine, leave)
+    stats = engine.stats()
+    assert stats.num_free_pages == stats.num_pages
+    assert stats.num_steps - steps < 200, "it went on without its client"
+
+
+def test_a_deadline_ends_a_stream_and_frees_its_pages(engine):
+    async def late(client):
+        with pytest.raises(DeadlinePassed):
+            for _ in range(20):  # a tiny model may be done in time once or twice
+                await client.generate(
+                    token_ids=[8, 8], timeout_s=0.05, **(GREEDY | {"max_tokens": 250})
+                )
+        await until_idle(engine)
+
+    serve(engine, late)
+    assert engine.stats().num_free_pages == engine.stats().num_pages
+
+
+def test_bad_requests_do_not_disturb_the_others(engine):
+    async def mixed(client):
+        good = asyncio.gather(
+            *(client.generate(token_ids=prompt, **GREEDY) for prompt in PROMPTS[:6])
+        )
+        for bad in (
+            {"token_ids": []},
+            {"token_ids": [1] * 300},
+            {"token_ids": [tiny.MODEL.vocab_size]},
+            {"token_ids": [1], "temperature": float("nan")},
+            {"token_ids": [1], "max_tokens": -1},
+            {"token_ids": [1], "top_p": 2.0},
+        ):
+            with pytest.raises(InvalidRequest):
+                await client.generate(**bad)
+        return [tuple(done.token_ids) for done in await good]
+
+    requests = [tiny.make_request(f"r{n}", p, max_tokens=12) for n, p in enumerate(PROMPTS[:6])]
+    expected = tiny.run(engine, requests)
+    assert serve(engine, mixed) == [expected[f"r{number}"].tokens for number in range(6)]
