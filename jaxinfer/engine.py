@@ -56,7 +56,7 @@ class Stream(Protocol):
 class MakesStreams(Protocol):
     """What an engine needs of a tokenizer: text.tokenizer.Tokenizer."""
 
-    def stream(self, prompt_tail: Items[int] = ..., stop: tuple[str, ...] = ...) -> Stream: ...
+    def stream(self, prompt_tail: Items[int] = ..., *, stop: tuple[str, ...] = ...) -> Stream: ...
 
 
 class _UnderWay(NamedTuple):
@@ -275,10 +275,13 @@ class Engine:
         sampled = zip(under_way.plan.sampled, tokens, logprobs, strict=True)
         for sequence, token, logprob in sampled:
             live = self._live.get(sequence.request.request_id)
-            if self._scheduler.commit(sequence, token):
+            counts = self._scheduler.commit(sequence, token)
+            if live is None or live.sequence is not sequence:
+                continue  # it ended while the step was under way
+            if counts:
                 self._take(live, token, logprob)
                 touched.append(live)
-            elif live is not None and live.sequence is sequence and token < 0:
+            elif token < 0:
                 live.error = "the model's logits were not finite for this request"
                 self._close(live)
         self._counts["output"] += len(touched)

@@ -80,9 +80,8 @@ class LLM:
         self, prompts: Prompt | Items[Prompt], sampling: SamplingParams | None = None
     ) -> list[Completion]:
         """Continues each prompt, text or token ids, all of them batched; in the order given."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        return self._finish([self._request(self._ids(prompt), sampling) for prompt in prompts])
+        many: Items[Any] = [prompts] if _is_prompt(prompts) else prompts
+        return self._finish([self._request(self._ids(prompt), sampling) for prompt in many])
 
     def chat(
         self, messages: Messages, sampling: SamplingParams | None = None, **template: Any
@@ -95,8 +94,8 @@ class LLM:
         self, prompt: Prompt | Messages, sampling: SamplingParams | None = None
     ) -> Generator[Output, None, None]:
         """Yields what each step brings for one prompt or conversation; closing it cancels."""
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
-        ids = self.tokenizer.encode_chat(prompt) if is_chat else self._ids(prompt)
+        given: Any = prompt
+        ids = self.tokenizer.encode_chat(given) if _is_chat(given) else self._ids(given)
         request = self._request(ids, sampling)
         self.engine.submit(request)
         ended = False
@@ -114,7 +113,7 @@ class LLM:
         """Counts since the model was loaded."""
         return self.engine.stats()
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Any) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _request(self, prompt: list[int], sampling: SamplingParams | None) -> Request:
@@ -142,6 +141,14 @@ class LLM:
                     parts[output.request_id].append(output)
 
 
+def _is_prompt(given: Any) -> bool:
+    return isinstance(given, str) or bool(given) and isinstance(given[0], int)
+
+
+def _is_chat(given: Any) -> bool:
+    return not isinstance(given, str) and bool(given) and isinstance(given[0], Mapping)
+
+
 def load_engine(
     config: Config, *, progress: programs_of.Progress = lambda stage, done, total: None
 ) -> LoadedEngine:
@@ -149,7 +156,6 @@ def load_engine(
 
     A folder of compiled programs that can't be used costs time and a warning, not the start.
     """
-    programs_of.use_compilation_cache(settings.cache_dir() / "xla")
     store = find_store(settings.cache_dir() / "programs")
     checkpoint = weights.load(
         config.model,

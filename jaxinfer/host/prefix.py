@@ -72,7 +72,8 @@ class PrefixCache:
 
     def match(self, tokens: Items[int], digests: Items[bytes]) -> list[int]:
         """The pages that hold the longest known prefix of `tokens`; changes nothing."""
-        pages, size = [], self._page_size
+        pages: list[int] = []
+        size = self._page_size
         for place, digest in enumerate(digests):
             known = self._known.get(digest)
             if known is None or known.tokens != tuple(tokens[place * size : (place + 1) * size]):

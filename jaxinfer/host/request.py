@@ -220,7 +220,7 @@ def _check_stops(params: SamplingParams) -> None:
             f"{len(params.stop)} stop strings; at most {MAX_STOP_STRINGS} are served", field="stop"
         )
     for stop in params.stop:
-        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequest(
                 f"a stop string must have 1 to {MAX_STOP_CHARS} characters", field="stop"
             )

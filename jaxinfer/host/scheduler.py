@@ -65,7 +65,7 @@ class Scheduler:
         """
         draft = _Draft(self)
         for sequence in self.running:
-            if not sequence.is_prefilling and self._can_extend(sequence, sequence.num_outputs):
+            if not sequence.is_prefilling and self.can_extend(sequence, sequence.num_outputs):
                 draft.decode(sequence)
         for sequence in self.running:
             if sequence.is_prefilling:
@@ -160,7 +160,7 @@ class Scheduler:
             assert sequence.num_stored <= held, f"{sequence.num_stored} tokens in {held} places"
             assert sequence.num_written <= sequence.num_stored
 
-    def _can_extend(self, sequence: Sequence, num_outputs: int) -> bool:
+    def can_extend(self, sequence: Sequence, num_outputs: int) -> bool:
         """Whether the sequence may get one more token after `num_outputs`."""
         limit = sequence.request.sampling.max_tokens
         room = self.config.max_seq_len - len(sequence.request.prompt)
@@ -323,7 +323,7 @@ class _Draft:
         outputs = sequence.num_outputs + 1
         total_len = len(sequence.tokens) + 1
         grown = self._pages_for(total_len) - self._pages_held(sequence)
-        if self._scheduler._can_extend(sequence, outputs) and grown <= self._free_pages:
+        if self._scheduler.can_extend(sequence, outputs) and grown <= self._free_pages:
             self._hold(sequence, total_len)
             self._decodes.append(sequence)
 
