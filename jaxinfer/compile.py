@@ -1,5 +1,6 @@
 """The only place that jits: the set of programs, donation, memory, and the count of compiles."""
 
+import logging
 import os
 import threading
 import time
@@ -20,13 +21,15 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.fingerprint import program_key
 from jaxinfer.inputs import StepOutput, packed_width, unpack
 from jaxinfer.spec import abstract
-from jaxinfer.store import Key, ProgramCost, Shape, Store, Trees, digest
+from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, Trees, digest
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as long work goes on."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _compile_seconds: list[float] = []
+log = logging.getLogger(__name__)
 
 
 ALLOCATE = Shape("allocate", 0, 0)  # makes an empty cache; at the start, and after a failed step
@@ -61,13 +64,14 @@ class _Recipe(NamedTuple):
     donated: tuple[int, ...]
     trees: Trees
     key: Key
-    devices: list[jax.Device]
+    devices: Devices
 
 
 class _ThisThread(threading.local):
     """What was compiled on this thread so far."""
 
     count = 0
+    num_cache_hits = 0  # of count, what came from jax's own cache
     last = ""
 
 
@@ -144,10 +148,9 @@ def last_compiled_here() -> str:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs on disk, so that the next start only reads them.
+    """Has jax keep what XLA compiles: the other way to start sooner, to compare the store with.
 
-    This is jax's own cache. It still traces, and serves what the store does not hold: the small
-    programs that loading weights runs, and steps whose stored form is stale.
+    It still traces, and what comes out of it can't go into a store.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -156,7 +159,7 @@ def use_compilation_cache(folder: Path) -> None:
 
 
 def _step_recipe(
-    shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: list[jax.Device]
+    shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: Devices
 ) -> _Recipe:
     function = {"prefill": step.prefill, "decode": step.decode}[shape.phase]
 
@@ -172,9 +175,7 @@ def _step_recipe(
     return _Recipe(shape, packed_step, arguments, (1,), trees, key, devices)
 
 
-def _allocate_recipe(
-    model: ModelConfig, engine: EngineConfig, devices: list[jax.Device]
-) -> _Recipe:
+def _allocate_recipe(model: ModelConfig, engine: EngineConfig, devices: Devices) -> _Recipe:
     def allocate() -> Cache:
         return paged.make(model, engine)
 
@@ -238,9 +239,10 @@ def _lower(recipe: _Recipe) -> jax.stages.Lowered:
 def _compile(
     recipe: _Recipe, lowered: jax.stages.Lowered, trace_s: float, store: Store | None
 ) -> Program:
-    started = time.monotonic()
+    started, num_hits = time.monotonic(), _this_thread.num_cache_hits
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
+    assert memory is not None, "every backend of jax counts memory"
     cost = ProgramCost(
         **recipe.shape._asdict(),
         key=digest(recipe.key),
@@ -252,16 +254,21 @@ def _compile(
         trace_s=trace_s,
         compile_s=time.monotonic() - started,
     )
-    if store is not None:
+    if store is not None and _this_thread.num_cache_hits == num_hits:
         store.save(recipe.key, compiled, cost)
+    elif store is not None:
+        # XLA:CPU writes such a program without its code: it loads, and fails when it runs.
+        log.info("%s came from jax's own cache, so it is not stored", recipe.shape.name)
     return Program(**vars(cost), run=compiled, text=compiled.as_text)
 
 
-def _devices(params: Any) -> list[jax.Device]:
+def _devices(params: Any) -> Devices:
     """The devices of a tree of arrays, in the order in which programs number them."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-        return list(sharding.mesh.devices.flat)
+        devices = sharding.mesh.devices
+        assert devices is not None, "arrays lie on real devices"
+        return devices.ravel().tolist()
     return list(sharding.device_set)
 
 
@@ -269,11 +276,17 @@ def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _count_compile(event: str, seconds: float, **details: Any) -> None:
+def _count_compile(event: str, duration_secs: float, **details: Any) -> None:
     if event == _COMPILE_EVENT:
-        _compile_seconds.append(seconds)
+        _compile_seconds.append(duration_secs)
         _this_thread.count += 1
         _this_thread.last = str(details.get("fun_name", "a function"))
 
 
+def _count_cache_hit(event: str, **_: Any) -> None:
+    if event == _CACHE_HIT_EVENT:
+        _this_thread.num_cache_hits += 1
+
+
 jax.monitoring.register_event_duration_secs_listener(_count_compile)
+jax.monitoring.register_event_listener(_count_cache_hit)

@@ -96,7 +96,7 @@ class CompileAfterStart(JaxinferError):
 
 
 class ProgramRefused(JaxinferError):
-    """A stored program or manifest is damaged, foreign or stale; compiling again makes a new one."""
+    """A stored program or manifest is damaged, foreign or stale; compiling makes a new one."""
 
 
 class EngineFailed(JaxinferError):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from jaxinfer import config as settings
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.spec import dotted
-from jaxinfer.store import Key
+from jaxinfer.store import Devices, Key
 
 # Nothing in these runs on the device; whatever else is in the package is taken to.
 HOST_ONLY = {
@@ -41,7 +41,7 @@ _HARMLESS = (
 
 
 def program_key(
-    name: str, model: ModelConfig, engine: EngineConfig, *, arguments: Any, devices: list[jax.Device]
+    name: str, model: ModelConfig, engine: EngineConfig, *, arguments: Any, devices: Devices
 ) -> Key:
     """Everything that one program depends on; `arguments` are abstract values."""
     return {
@@ -63,11 +63,11 @@ def program_key(
     }
 
 
-def environment(devices: list[jax.Device]) -> Key:
+def environment(devices: Devices) -> Key:
     """The part of a key that is the same for all programs of a process."""
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "device": _device(devices),
         "processor": processor() if devices[0].platform == "cpu" else platform.machine(),
@@ -119,7 +119,7 @@ def source_digest() -> str:
     return _digest(*(f"{path.as_posix()}\n{(root / path).read_text()}" for path in on_device))
 
 
-def _device(devices: list[jax.Device]) -> str:
+def _device(devices: Devices) -> str:
     first = devices[0]
     version = " ".join(first.client.platform_version.split())
     places = ",".join(str(device.id) for device in devices)

@@ -12,7 +12,7 @@ import jax
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.errors import ProgramRefused
 from jaxinfer.fingerprint import environment
-from jaxinfer.store import ProgramCost, read_cost
+from jaxinfer.store import Devices, ProgramCost, read_cost
 
 FORMAT = 1
 
@@ -38,7 +38,7 @@ def describe(
     model: ModelConfig,
     engine: EngineConfig,
     *,
-    devices: list[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Manifest:
     """The manifest of programs that are built, or that are stored."""
     return Manifest(

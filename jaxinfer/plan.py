@@ -143,9 +143,9 @@ def check_memory(plan: MemoryPlan) -> None:
     )
 
 
-def device_memory(device: jax.Device | None = None) -> int | None:
-    """Bytes that programs may use: a limit of the container or the machine's own on a CPU."""
-    device = device or jax.devices()[0]
+def device_memory() -> int | None:
+    """Bytes that programs may use on the first device; a CPU has the machine's or container's."""
+    device = jax.devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats()
         return None if stats is None else stats.get("bytes_limit")

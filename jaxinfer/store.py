@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 Key = Mapping[str, str]
 """Everything that a program depends on, by name; two programs with equal keys are the same."""
+Devices = list[Any]
+"""Of jax, in the order in which a program numbers them."""
 
 
 class Shape(NamedTuple):
@@ -98,16 +100,15 @@ class Loaded(NamedTuple):
 class Store:
     """A folder of executables.
 
-    They are machine code: whoever can write to the folder can run code in this process. So it must
-    belong to this user (or to root) and be writable by nobody else, and so must each file.
-    Checksums find damage; they are no defence against a writer.
+    They are machine code, and jax reads the frame around it with pickle: whoever can write to the
+    folder can run code in this process. So it must belong to this user (or to root) and be writable
+    by nobody else, and so must each file. Nothing is unpickled before that, the checksum and the
+    key have been found right; the checksum finds damage and is no defence against a writer.
     """
 
     folder: Path
 
-    def load(
-        self, name: str, key: Key, trees: Trees, devices: list[jax.Device]
-    ) -> Loaded | None:
+    def load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
         """A program that is ready to run; None where there is none, or none that can be trusted."""
         path = self._path(name, key)
         try:
@@ -182,7 +183,9 @@ def find_store(folder: Path) -> Store | None:
 
 def read_cost(entry: Mapping[str, Any]) -> ProgramCost:
     """A cost from JSON; raises KeyError, TypeError or ValueError where it isn't one."""
-    return ProgramCost(**{field.name: field.type(entry[field.name]) for field in fields(ProgramCost)})
+    kinds = {"phase": str, "key": str, "trace_s": float, "compile_s": float}
+    names = [field.name for field in fields(ProgramCost)]
+    return ProgramCost(**{name: kinds.get(name, int)(entry[name]) for name in names})
 
 
 def digest(key: Key) -> str:
@@ -225,9 +228,7 @@ def _read_body(path: Path) -> bytes:
     return body
 
 
-def _revive(
-    path: Path, executable: bytes, trees: Trees, devices: list[jax.Device]
-) -> jax.stages.Compiled:
+def _revive(path: Path, executable: bytes, trees: Trees, devices: Devices) -> jax.stages.Compiled:
     """The program in bytes that have been checked."""
     try:
         loaded = serialize_executable.deserialize_and_load(

@@ -63,7 +63,7 @@ CASES = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
-SHARDED = "llama2"  # this one is saved in two files with an index
+SHARDED = "llama2"  # this one is saved in shards with an index
 
 
 def main() -> None:
