@@ -178,7 +178,8 @@ class FakeLLM:
 
 
 def test_an_answer_as_json():
-    got = generate.answer(FakeLLM(), "hello", SamplingParams(), load_s=0.5)  # type: ignore[arg-type]
+    llm: Any = FakeLLM()
+    got = generate.answer(llm, "hello", SamplingParams(), load_s=0.5)
     assert got == {
         "text": "one two three",
         "token_ids": [0, 1, 2],

@@ -7,6 +7,7 @@ nobody has written since its page was handed out is noticed at once.
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 from jaxinfer.config import EngineConfig
@@ -86,14 +87,15 @@ class FakeDevice:
         return [row.pages[at // size] * size + at % size for at in range(row.start, end)]
 
 
-def next_token(cells: list[int | None], *, row: Row, key: int) -> int:
+def next_token(cells: Items[int | None], *, row: Row, key: int) -> int:
     """The token after these cells, as this row's seed and bans have it."""
     return _token(cells, seed=row.seed, banned=row.banned, key=key)
 
 
 def solo(request: Request, config: EngineConfig, *, eos: frozenset[int], key: int) -> Solo:
     """The whole answer to a request, by the definition of the model and of the finish reasons."""
-    sampling, cells, cell = request.sampling, [], _ROOT
+    sampling, cell = request.sampling, _ROOT
+    cells: list[int] = []
     for token in request.prompt:
         cell = hash((cell, token))
         cells.append(cell)
@@ -123,7 +125,7 @@ def solo(request: Request, config: EngineConfig, *, eos: frozenset[int], key: in
 
 def plain_rows(plan: Plan, *, eos: frozenset[int]) -> list[tuple[Sequence, Row]]:
     """The rows of a plan, straight from its sequences."""
-    rows = []
+    rows: list[tuple[Sequence, Row]] = []
     for chunk in plan.chunks:
         tokens = tuple(chunk.sequence.tokens[chunk.start : chunk.start + chunk.length])
         rows.append((chunk.sequence, _row(chunk.sequence, chunk.start, tokens, chunk.is_last, eos)))
@@ -139,7 +141,7 @@ def packed_rows(table: SlotTable, plan: Plan) -> list[tuple[Sequence, Row]]:
     for stored in plan.stored:
         if stored.sequence.order in plan.num_pages:
             table.grow(stored.sequence)
-    rows = []
+    rows: list[tuple[Sequence, Row]] = []
     for chunk in plan.chunks:
         batch = unpack(table.chunk(chunk), tokens=chunk.size)
         rows.append((chunk.sequence, _unpacked(batch, 0)))
@@ -191,10 +193,11 @@ def _banned(request: Request, num_outputs: int, *, eos: frozenset[int]) -> froze
     sampling = request.sampling
     if num_outputs >= (sampling.min_tokens or 0):
         return frozenset()
-    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+    ends = frozenset(sampling.stop_token_ids)
+    return ends if sampling.ignore_eos else ends | eos
 
 
-def _token(cells: list[int | None], *, seed: int, banned: frozenset[int], key: int) -> int:
+def _token(cells: Items[int | None], *, seed: int, banned: frozenset[int], key: int) -> int:
     token = hash((key, seed, *cells)) % VOCAB_SIZE
     while token in banned:
         token = (token + 1) % VOCAB_SIZE

@@ -24,7 +24,7 @@ class Before:
 
     def __init__(self, world: World) -> None:
         scheduler = world.scheduler
-        self.fingerprint = world.fingerprint()
+        self.fingerprint = world.fingerprint() if world.is_logged else 0
         self.known = set(scheduler.prefix.pages)
         self.idle = list(scheduler.pool.idle)
         self.num_pages = {one.order: len(one.pages) for one in world.live.values()}
@@ -34,7 +34,7 @@ def check_state(world: World) -> None:
     """After every event: pages, slots, lines, and what the prefix cache says of pages."""
     scheduler, pool = world.scheduler, world.scheduler.pool
     scheduler.check_integrity()
-    known = scheduler.prefix.pages
+    known = check_known(world)
     running = [one for one in scheduler.slots if one is not None]
     _check_held(world, running)
     owners = [0] * pool.num_pages
@@ -52,8 +52,24 @@ def check_state(world: World) -> None:
         assert owners[page] == pool.num_owners(page), f"page {page}: a wrong count of owners"
         num_free += not owners[page]
     assert num_free == pool.num_available, "free and idle pages are not those that nobody owns"
-    _check_known(world, known)
+    if world.is_logged:
+        _check_published(world, running, known)
     _note_idle(world, known, owners)
+
+
+def check_known(world: World) -> list[int]:
+    """What can be found has been written by steps that returned, and holds no NaN."""
+    size = world.config.cache.page_size
+    known = world.scheduler.prefix.pages
+    cells, returned = world.device.cells, world.returned
+    for page in known:
+        there = returned[page * size : (page + 1) * size]
+        assert None not in there, f"page {page} is known before it is written"
+        assert NAN not in there, f"page {page} is known and broken"
+        assert there == cells[page * size : (page + 1) * size], f"known page {page} is overwritten"
+        writer = world.sequences[world.writers[page]].request
+        assert writer.use_prefix_cache, f"page {page} is known, its request asked for none of it"
+    return known
 
 
 def check_drained(world: World) -> None:
@@ -73,7 +89,8 @@ def check_deadlines(world: World) -> None:
 
 def check_plan(world: World, plan: Plan, before: Before) -> None:
     """Before a plan is booked: making it has changed nothing, and it is fair and within bounds."""
-    assert world.fingerprint() == before.fingerprint, "plan() must only read"
+    if world.is_logged:
+        assert world.fingerprint() == before.fingerprint, "plan() must only read"
     scheduler, config = world.scheduler, world.config
     line = scheduler.running
     assert [one.order for one in scheduler.waiting] == [
@@ -110,10 +127,14 @@ def check_begun(world: World, plan: Plan, before: Before) -> None:
         assert not known.intersection(taken_pages(plan, before)), "an evicted page is still known"
         left = [page for page in before.idle if pool.is_idle(page)]
         since = [world.idle_since.get(page, world.num_events) for page in range(pool.num_pages)]
-        newest = max(since[page] for page in evicted)
-        oldest = min((since[page] for page in left), default=newest)
-        assert newest <= oldest, "a page was evicted before one that was idle for longer"
+        for page in evicted:
+            for other in left:
+                assert since[page] <= since[other], "one that was idle for longer is not evicted"
+                is_deeper = world.depths[other] > world.depths[page]
+                is_kin = since[page] == since[other] and world.writers[page] == world.writers[other]
+                assert not (is_kin and is_deeper), "a page is evicted before one that needs it"
     if not plan.preempt:
+        _check_refused(world, plan)
         for sequence in scheduler.running:
             _check_decodes(world, plan, sequence)
 
@@ -144,6 +165,8 @@ def check_end(world: World, sequence: Sequence) -> None:
         assert world.emitted[order] == len(alone.tokens), f"request {order}: ended early"
     elif reason is FinishReason.ERROR:
         assert order in world.struck, f"request {order}: an error without a cause"
+        known = set(world.scheduler.prefix.pages)
+        assert not known.intersection(world.tables[order]), "pages of a broken request are known"
     elif reason is FinishReason.DEADLINE:
         deadline_s = sequence.request.deadline_s
         assert deadline_s is not None and deadline_s <= world.now_s, "ended before its time"
@@ -152,7 +175,7 @@ def check_end(world: World, sequence: Sequence) -> None:
 def taken_pages(plan: Plan, before: Before) -> list[int]:
     """The pages that a plan, now booked, has taken from the pool."""
     had = {one.order: len(shared) for one, _, shared in plan.admit}
-    taken = []
+    taken: list[int] = []
     for stored in plan.stored:
         sequence = stored.sequence
         taken += sequence.pages[had.get(sequence.order, before.num_pages[sequence.order]) :]
@@ -168,28 +191,15 @@ def _check_held(world: World, running: list[Sequence]) -> None:
         assert sequence.finish_reason is None, f"request {sequence.order}: its end was not told"
 
 
-def _check_known(world: World, known: list[int]) -> None:
-    """What can be found has been written by steps that returned, and holds no NaN."""
-    size = world.config.cache.page_size
-    cells, returned = world.device.cells, world.returned
-    for page in known:
-        there = returned[page * size : (page + 1) * size]
-        assert None not in there, f"page {page} is known before it is written"
-        assert NAN not in there, f"page {page} is known and broken"
-        assert there == cells[page * size : (page + 1) * size], f"known page {page} is overwritten"
-        writer = world.sequences[world.writers[page]].request
-        assert writer.use_prefix_cache, f"page {page} is known, its request asked for none of it"
-
-
 def _note_idle(world: World, known: list[int], owners: list[int]) -> None:
     """Keeps the books on since when pages are idle, and makes free pages unreadable."""
-    idle_since, is_known = world.idle_since, set(known)
+    idle_since, is_known, size = world.idle_since, set(known), world.device.page_size
     for page, count in enumerate(owners):
         if page in is_known and not count:
             idle_since.setdefault(page, world.num_events)
         else:
             idle_since.pop(page, None)
-            if not count:
+            if not count and world.device.cells[page * size] is not None:
                 world.hand_out([page])
 
 
@@ -198,10 +208,7 @@ def _check_hits(world: World, plan: Plan) -> None:
     if not plan.admit:
         return
     size, config = world.config.cache.page_size, world.config
-    found = set()
-    for page in world.scheduler.prefix.pages:
-        salt = world.sequences[world.writers[page]].request.salt
-        found.add((salt, world.returned[(page + 1) * size - 1]))
+    found = _findable(world, world.scheduler.prefix.pages)
     for sequence, slot, shared in plan.admit:
         assert world.scheduler.slots[slot] is None, f"slot {slot} is given away twice"
         length, cells = 0, world.solo(sequence).cells
@@ -238,6 +245,8 @@ def _check_progress(world: World, plan: Plan, line: list[Sequence]) -> None:
         end = ends.get(sequence.order, sequence.num_stored)
         samples = any(c.sequence is sequence and c.is_last for c in plan.chunks)
         length = sequence.total_len + samples
+        outputs = length - len(sequence.request.prompt)
+        assert outputs < _most_outputs(world, sequence), f"request {sequence.order}: past its end"
         assert end == length - 1, f"request {sequence.order}: a decode at {end} of {length} tokens"
 
 
@@ -254,8 +263,52 @@ def _check_decodes(world: World, plan: Plan, sequence: Sequence) -> None:
     )
 
 
+def _check_refused(world: World, plan: Plan) -> None:
+    """Where slot, budget and pages would do, the first in line is not left waiting."""
+    scheduler, config, size = world.scheduler, world.config, world.config.cache.page_size
+    if not scheduler.waiting or None not in scheduler.slots or scheduler.waiting[0].num_pending:
+        return
+    first, pool = scheduler.waiting[0], scheduler.pool
+    shared = scheduler.cached_pages(first)
+    left = len(first.tokens) - len(shared) * size
+    chunk = next((one for one in config.prefill_chunks if one >= left), config.prefill_chunks[-1])
+    if plan.chunks and sum(one.size for one in plan.chunks) + chunk > config.max_prefill_tokens:
+        return
+    num_pages = -(-(len(first.tokens) + 1) // size) - sum(not pool.is_idle(page) for page in shared)
+    assert num_pages > pool.num_available, f"request {first.order}: could have been admitted"
+
+
+def _check_published(world: World, running: list[Sequence], known: list[int]) -> None:
+    """While nothing had to be forgotten, all that decoding sequences have written can be found."""
+    if world.num_forgotten or world.scheduler.pool.num_evicted or not world.config.cache.prefix:
+        return
+    size, found = world.config.cache.page_size, _findable(world, known)
+    for sequence in running:
+        if not sequence.request.use_prefix_cache:
+            continue
+        cells = [world.returned[page * size + at] for page in sequence.pages for at in range(size)]
+        written = cells.index(None) if None in cells else len(cells)
+        if written <= sequence.num_to_prefill:
+            continue
+        for end in range(size, min(written, len(sequence.tokens) - 2) + 1, size):
+            is_known = (sequence.request.salt, cells[end - 1]) in found
+            assert is_known, f"request {sequence.order}: a full page was not published"
+
+
+def _findable(world: World, known: list[int]) -> set[tuple[str, int | None]]:
+    """The known pages by what is in them: the last cell depends on all before it."""
+    size, found = world.config.cache.page_size, set[tuple[str, int | None]]()
+    for page in known:
+        salt = world.sequences[world.writers[page]].request.salt
+        found.add((salt, world.returned[(page + 1) * size - 1]))
+    return found
+
+
 def _may_decode(world: World, sequence: Sequence) -> bool:
-    sampling, outputs = sequence.request.sampling, sequence.num_outputs
+    return sequence.num_outputs < _most_outputs(world, sequence)
+
+
+def _most_outputs(world: World, sequence: Sequence) -> int:
+    limit = sequence.request.sampling.max_tokens
     room = world.config.max_seq_len - len(sequence.request.prompt)
-    limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
-    return outputs < limit
+    return room if limit is None else min(room, limit)

@@ -1,8 +1,8 @@
 """The order of one engine step, with one step always under way: engine and simulator share it.
 
-    step n      |-- device --|
-    step n+1        plan, begin, dispatch |-- device --|
-    step n                                 read, retire, commit
+step n      |-- device --|
+step n+1        plan, begin, dispatch |-- device --|
+step n                                 read, retire, commit
 """
 
 from collections import deque

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.host.request import Request, SamplingParams
@@ -16,17 +16,17 @@ PHASES: tuple[Phase, ...] = ("", "dispatched", "read", "taken")
 class Event(NamedTuple):
     """One thing that happens; one that doesn't apply changes nothing.
 
-    submit   request `index` arrives
-    cancel   request `index` is cancelled; with a phase in the midst of a step that begins now
+    submit   request number `request` arrives
+    cancel   that one is cancelled; with a phase in the midst of a step that begins now
     time     the clock goes on to `at`
     step     one engine step
     fail     one whose device call raises, on dispatch or, with phase "read", on reading
-    nan      one in which the rows of request `index` are not finite
+    nan      one in which the rows of that request are not finite
     flush    the prefix cache is emptied
     """
 
     kind: Kind
-    index: int = 0
+    request: int = 0
     phase: Phase = ""
     at: float = 0.0
 
@@ -91,15 +91,15 @@ def shrink(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
 
 def _without_idle_requests(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
     """Leaves out the requests that never arrive."""
-    kept = sorted({event.index for event in scenario.events if event.kind == "submit"})
+    kept = sorted({event.request for event in scenario.events if event.kind == "submit"})
     place = {index: at for at, index in enumerate(kept)}
     smaller = dataclasses.replace(
         scenario,
         requests=tuple(scenario.requests[index] for index in kept),
         events=tuple(
-            event._replace(index=place.get(event.index, 0))
+            event._replace(request=place.get(event.request, 0))
             for event in scenario.events
-            if event.index in place or event.kind not in ("cancel", "nan")
+            if event.request in place or event.kind not in ("cancel", "nan")
         ),
     )
     return smaller if fails(smaller) else scenario
@@ -107,5 +107,6 @@ def _without_idle_requests(scenario: Scenario, fails: Callable[[Scenario], bool]
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        name: tuple(cast(list[Any], value)) if isinstance(value, list) else value
+        for name, value in values.items()
     }

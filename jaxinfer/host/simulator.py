@@ -54,13 +54,14 @@ class Simulation(World):
         self._event = event
         self.num_events += 1
         if event.kind == "submit":
-            self._submit(event.index)
+            self._submit(event.request)
         elif event.kind == "cancel" and not event.phase:
-            self.end(event.index, FinishReason.CANCELLED)
+            self.end(event.request, FinishReason.CANCELLED)
         elif event.kind == "time":
             self.now_s = max(self.now_s, event.at)
         elif event.kind == "flush":
             self.scheduler.prefix.flush()
+            self.num_forgotten += 1
         else:
             self._step()
         invariants.check_state(self)
@@ -102,6 +103,7 @@ class Simulation(World):
             self.loop.step()
         except DeviceFailed:
             self.num_failures += 1
+            self.num_forgotten += 1
             self.note("failed")
             self.device.empty(range(self.config.num_pages))
             self.returned = list(self.device.cells)
@@ -111,6 +113,7 @@ class Simulation(World):
     def _planned(self, plan: Plan) -> None:
         assert self._before is not None
         invariants.check_plan(self, plan, self._before)
+        self.last_plan = plan
         for sequence in plan.preempt:
             self.preempted[sequence.order] = self.preempted.get(sequence.order, 0) + 1
         for admission in plan.admit:
@@ -134,21 +137,28 @@ class Simulation(World):
         )
         tokens: list[int] = []
         written: list[tuple[int, int | None]] = []
-        broken = self.live.get(self._event.index) if self._event.kind == "nan" else None
+        broken = self.live.get(self._event.request) if self._event.kind == "nan" else None
         for sequence, row in rows:
             self._check_row(sequence, row)
             if sequence is broken:
                 self.struck[sequence.order] = None
+                self.num_forgotten += 1
             token = self.device.run(row, is_broken=sequence is broken)
             if row.is_sampled:
                 tokens.append(token)
-            for place in self.device.places(row):
-                written.append((place, self.device.cells[place]))
-                self.writers[place // self.device.page_size] = sequence.order
+            written += self._book_writes(sequence, row)
         if self._event.kind == "fail" and self._event.phase != "read":
             raise DeviceFailed
         self._interrupt("dispatched")
-        return UnderWay(tuple(tokens), tuple(written))
+        return UnderWay(tuple(tokens), tuple(written), self.num_events)
+
+    def _book_writes(self, sequence: Sequence, row: Row) -> list[tuple[int, int | None]]:
+        size, cells = self.device.page_size, self.device.cells
+        places = self.device.places(row)
+        for position, place in enumerate(places, row.start):
+            self.writers[place // size] = sequence.order
+            self.depths[place // size] = position // size
+        return [(place, cells[place]) for place in places]
 
     def _check_row(self, sequence: Sequence, row: Row) -> None:
         assert row.slot == sequence.slot, f"the row says slot {row.slot}, it has {sequence.slot}"
@@ -158,8 +168,10 @@ class Simulation(World):
     def _read(self, plan: Plan, under_way: UnderWay) -> Items[int]:
         if self._event.kind == "fail" and self._event.phase == "read":
             raise DeviceFailed
-        for place, cell in under_way.written:
+        for place, cell in self.landed(under_way):
             self.returned[place] = cell
+        for sequence in plan.sampled:
+            self.tables[sequence.order] = tuple(sequence.pages)
         self._interrupt("read")
         self.note(under_way.tokens)
         return under_way.tokens
@@ -168,6 +180,8 @@ class Simulation(World):
         """Engine._read and _take: a token goes to its client, and some end their request."""
         sequence = sampled.sequence
         index = self.indices[sequence.order]
+        if self.struck:
+            invariants.check_known(self)
         if sampled.counts:
             invariants.check_token(self, sampled)
             self.emitted[sequence.order] += 1
@@ -194,4 +208,4 @@ class Simulation(World):
     def _interrupt(self, phase: Phase) -> None:
         event = self._event
         if event.kind == "cancel" and event.phase == phase:
-            self.end(event.index, FinishReason.CANCELLED)
+            self.end(event.request, FinishReason.CANCELLED)

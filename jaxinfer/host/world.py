@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.fake_device import FakeDevice, Solo, solo
 from jaxinfer.host.loop import Loop
+from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.scenario import Scenario
 from jaxinfer.host.scheduler import Scheduler
@@ -25,6 +26,7 @@ class UnderWay(NamedTuple):
 
     tokens: tuple[int, ...]
     written: tuple[tuple[int, int | None], ...]  # cell, contents
+    event: int  # that dispatched it
 
 
 class World:
@@ -33,6 +35,7 @@ class World:
     loop: Loop[UnderWay]
 
     def __init__(self, scenario: Scenario, *, is_logged: bool = True) -> None:
+        """Without a log the world is faster, and nobody checks that plan() only reads."""
         config = scenario.config
         self.scenario = scenario
         self.config = config
@@ -50,9 +53,15 @@ class World:
         self.preempted: dict[int, int] = {}  # order -> how often a plan took its slot
         self.returned: list[int | None] = list(self.device.cells)  # written by returned steps
         self.writers: list[int] = [-1] * config.num_pages  # order of the last to write each page
+        self.depths: list[int] = [0] * config.num_pages  # each page's place in its writer's table
+        self.handed_out: list[int] = [0] * config.num_pages  # number of the event that emptied it
+        self.tables: dict[int, tuple[int, ...]] = {}  # order -> pages when its last step returned
+        self.num_forgotten = 0  # events that may make pages unknown before they are evicted
         self.idle_since: dict[int, int] = {}  # page -> number of the event after which it was idle
         self.struck: dict[int, None] = {}  # orders whose rows were once not finite
-        self.log: list[Any] | None = [] if is_logged else None
+        self.last_plan: Plan | None = None
+        self.is_logged = is_logged
+        self.log: list[Any] = []
         self._solos: dict[int, Solo] = {}  # request index -> answer
         self.table = SlotTable(config, eos_token_ids=scenario.eos) if scenario.is_packed else None
 
@@ -89,11 +98,19 @@ class World:
         size = self.device.page_size
         for page in pages:
             self.idle_since.pop(page, None)
+            self.handed_out[page] = self.num_events
             self.returned[page * size : (page + 1) * size] = [None] * size
+
+    def landed(self, step: UnderWay) -> tuple[tuple[int, int | None], ...]:
+        """What a step has written to pages that have had no new owner since."""
+        size, handed_out = self.device.page_size, self.handed_out
+        return tuple(
+            (place, cell) for place, cell in step.written if handed_out[place // size] <= step.event
+        )
 
     def note(self, *what: Any) -> None:
         """Writes into the log."""
-        if self.log is not None:
+        if self.is_logged:
             self.log.append(what)
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -107,10 +124,11 @@ class World:
         """Back to the state of a snapshot."""
         saved, sequences = snapshot
         for owner, values in saved:
-            vars(owner).update(_copy(values))
+            for name, value in _copy(values).items():
+                setattr(owner, name, value)
         for sequence, values in sequences:
             for name, value in zip(_SEQUENCE_FIELDS, values, strict=True):
-                setattr(sequence, name, list(value) if type(value) is list else value)
+                setattr(sequence, name, value.copy() if type(value) is list else value)
 
     def fingerprint(self) -> int:
         """A hash of all that the future depends on: equal for states that can't be told apart."""
@@ -125,7 +143,8 @@ class World:
                     (
                         tuple(one.order for one in plan.sampled),
                         tuple((one.order, end, times) for one, end, times in plan.stored),
-                        handle,
+                        handle.tokens,
+                        self.landed(handle),
                     )
                     for plan, handle in self.loop.under_way
                 ),
@@ -168,8 +187,8 @@ def _copy(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields(sequence: Sequence) -> tuple[Any, ...]:
-    values = []
+    values: list[Any] = []
     for name in _SEQUENCE_FIELDS:
         value = getattr(sequence, name)
-        values.append(list(value) if type(value) is list else value)
+        values.append(value.copy() if type(value) is list else value)
     return tuple(values)

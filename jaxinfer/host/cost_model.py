@@ -1,0 +1,242 @@
+"""How long steps take, fitted to recorded ones, and what a workload would then see.
+
+    t = step + chunk * chunks + prefill * tokens + prefill_context * tokens * context
+             + context * read + row * rows
+
+The real scheduler runs in virtual time: a step ends when the one before it has ended and its own
+time has passed, and its tokens are read one step late, as the engine does.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import ConfigError
+from jaxinfer.host.loop import Loop, Sampled
+from jaxinfer.host.plan import Plan
+from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
+from jaxinfer.host.scheduler import Scheduler
+from jaxinfer.host.sequence import Sequence
+from jaxinfer.host.workload import SLO, Arrival, Prediction, Timeline, Workload, summarise
+
+_OWN_TOKENS = 2**24  # token ids from here on are in no shared prefix
+
+
+class Work(NamedTuple):
+    """What the time of one step depends on."""
+
+    num_chunks: int
+    prefill_tokens: int  # padding included, as the program computes it
+    prefill_context: int  # tokens of each chunk times the context that they see
+    context: int  # tokens that the decode reads: its rows times its longest context, in blocks
+    rows: int  # of the decode program, padding included
+
+
+class StepRecord(NamedTuple):
+    """One step that was measured."""
+
+    work: Work
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds per unit of each thing that a step does."""
+
+    step_s: float
+    chunk_s: float = 0.0
+    prefill_token_s: float = 0.0
+    prefill_context_s: float = 0.0
+    context_token_s: float = 0.0
+    row_s: float = 0.0
+    host_s: float = 0.0
+    """Of the host between two steps, which overlap hides behind the device."""
+    edge_s: float = 0.0
+    """Between client and engine, both ways together: a request arrives so much after it is sent."""
+    relative_error: float = 0.0
+    """Of the steps that it was fitted to: root of the mean square."""
+
+    def seconds(self, work: Work) -> float:
+        """The time of one step."""
+        return float(np.dot(self._coefficients(), (1, *work)))
+
+    def _coefficients(self) -> tuple[float, ...]:
+        return astuple(self)[: len(Work._fields) + 1]
+
+
+class Recorder:
+    """Turns the comings and goings of steps into records; the engine tells it the time."""
+
+    def __init__(self, config: EngineConfig, *, max_records: int = 4096) -> None:
+        self.records: deque[StepRecord] = deque(maxlen=max_records)
+        self._config = config
+        self._under_way: deque[tuple[Work, float]] = deque()
+        self._last_s = 0.0
+
+    def dispatched(self, plan: Plan, now_s: float) -> None:
+        """A plan, already begun, is on its way to the device."""
+        self._under_way.append((work_of(plan, self._config), now_s))
+
+    def returned(self, now_s: float) -> None:
+        """The oldest step under way has been read."""
+        work, dispatched_s = self._under_way.popleft()
+        self.records.append(StepRecord(work, now_s - max(dispatched_s, self._last_s)))
+        self._last_s = now_s
+
+    def restart(self) -> None:
+        """What was under way is lost."""
+        self._under_way.clear()
+
+
+def work_of(plan: Plan, config: EngineConfig) -> Work:
+    """What a plan that has begun, and not returned, asks of the device."""
+    block = config.attention_block
+    rows = context = 0
+    if plan.decodes:
+        rows = next(rows for rows in config.row_counts if rows >= len(plan.decodes))
+        longest = max(sequence.num_stored for sequence in plan.decodes)
+        context = rows * -(-longest // block) * block
+    ends = [-(-(chunk.start + chunk.length) // block) * block for chunk in plan.chunks]
+    return Work(
+        num_chunks=len(plan.chunks),
+        prefill_tokens=sum(chunk.size for chunk in plan.chunks),
+        prefill_context=sum(chunk.size * end for chunk, end in zip(plan.chunks, ends, strict=True)),
+        context=context,
+        rows=rows,
+    )
+
+
+def fit(records: Iterable[StepRecord], *, host_s: float = 0.0, edge_s: float = 0.0) -> CostModel:
+    """The model with the least relative error and no negative term.
+
+    Terms that the records can't tell apart, or that would be negative, are left out one by one.
+    """
+    kept = [record for record in records if record.seconds > 0]
+    if not kept:
+        raise ConfigError("no step was recorded; a cost model needs at least one")
+    seconds = np.array([record.seconds for record in kept])
+    features = np.array([(1, *record.work) for record in kept], np.float64)
+    columns = [0, *(at for at in range(1, features.shape[1]) if np.ptp(features[:, at]) > 0)]
+    weighted = features / seconds[:, None]
+    while True:
+        scale = np.abs(weighted[:, columns]).max(axis=0)
+        scaled = weighted[:, columns] / scale
+        found = np.asarray(np.linalg.lstsq(scaled, np.ones(len(kept)), rcond=1e-9)[0], np.float64)
+        worst = int(found.argmin())
+        if found[worst] >= 0 or len(columns) == 1:
+            break
+        del columns[worst]
+    coefficients = np.zeros(features.shape[1])
+    coefficients[columns] = found / scale
+    error = float(np.sqrt(np.mean((weighted @ coefficients - 1) ** 2)))
+    model = CostModel(*coefficients.tolist())
+    return replace(model, host_s=host_s, edge_s=edge_s, relative_error=error)
+
+
+def simulate(
+    workload: Workload, config: EngineConfig, cost: CostModel, *, slo: SLO | None = None
+) -> Prediction:
+    """What the clients of a workload would see of an engine with these settings and costs."""
+    world = _VirtualEngine(workload, config, cost)
+    world.run()
+    return summarise(
+        world.timelines,
+        slo=slo or SLO(),
+        num_refused=world.num_refused,
+        num_steps=world.num_steps,
+        num_preemptions=world.scheduler.num_preemptions,
+        hit_rate=world.scheduler.prefix.stats().hit_rate,
+        peak_pages=world.scheduler.pool.peak_owned,
+    )
+
+
+class _VirtualEngine:
+    """The scheduler, with a device and clients that only take time."""
+
+    def __init__(self, workload: Workload, config: EngineConfig, cost: CostModel) -> None:
+        self.scheduler = Scheduler(config)
+        self.timelines: list[Timeline] = []
+        self.num_refused = self.num_steps = 0
+        self._config = config
+        self._cost = cost
+        self._now_s = self._device_free_s = 0.0
+        self._unsent = deque(enumerate(sorted(workload.arrivals, key=lambda one: one.at_s)))
+        self._on_the_way: list[tuple[float, float, int, Arrival]] = []  # a heap: arrives, was sent
+        self._live: dict[int, Timeline] = {}  # order -> times
+        for _ in range(workload.concurrency or len(self._unsent)):
+            self._send()
+        self._loop = Loop(
+            self.scheduler,
+            overlap=config.overlap,
+            dispatch=self._dispatch,
+            read=self._read,
+            take=self._take,
+        )
+
+    def run(self) -> None:
+        """Until the last token of the last request."""
+        while self._on_the_way or self._live or self._loop.under_way:
+            if not (self._live or self._loop.under_way):
+                self._now_s = max(self._now_s, self._on_the_way[0][0])
+            self._receive()
+            self._now_s += self._cost.host_s
+            self._loop.step()
+
+    def _send(self) -> None:
+        """The next request leaves its client; in a closed loop another has just ended."""
+        if self._unsent:
+            number, arrival = self._unsent.popleft()
+            sent_s = max(self._now_s, arrival.at_s)
+            heapq.heappush(self._on_the_way, (sent_s + self._cost.edge_s, sent_s, number, arrival))
+
+    def _receive(self) -> None:
+        """Takes in what has arrived."""
+        while self._on_the_way and self._on_the_way[0][0] <= self._now_s:
+            _, sent_s, number, arrival = heapq.heappop(self._on_the_way)
+            is_too_long = arrival.num_prompt_tokens >= self._config.max_seq_len
+            if is_too_long or len(self.scheduler.waiting) >= self._config.max_waiting:
+                self.num_refused += 1
+                self._send()
+                continue
+            sequence = self.scheduler.add(_request(number, arrival))
+            self._live[sequence.order] = Timeline(sent_s)
+            self.timelines.append(self._live[sequence.order])
+
+    def _dispatch(self, plan: Plan) -> float:
+        self.num_steps += 1
+        started_s = max(self._now_s, self._device_free_s)
+        self._device_free_s = started_s + self._cost.seconds(work_of(plan, self._config))
+        return self._device_free_s
+
+    def _read(self, plan: Plan, done_s: float) -> Items[int]:
+        self._now_s = max(self._now_s, done_s)
+        return [0] * len(plan.sampled)
+
+    def _take(self, sampled: Sampled) -> None:
+        sequence: Sequence = sampled.sequence
+        if sampled.counts:
+            self._live[sequence.order].tokens_s.append(self._now_s)
+            if sequence.finish_reason is not None:
+                del self._live[sequence.order]
+                self._send()
+
+
+def _request(number: int, arrival: Arrival) -> Request:
+    """A request of that size: its first tokens are its group's, the others nobody else's."""
+    num_shared = min(arrival.num_shared_tokens, arrival.num_prompt_tokens)
+    shared = range(arrival.group * 4096, arrival.group * 4096 + num_shared)
+    own = range(_OWN_TOKENS + number, _OWN_TOKENS + number + arrival.num_prompt_tokens - num_shared)
+    sampling = SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True)
+    return Request(
+        request_id=str(number),
+        prompt=(*shared, *own),
+        sampling=sampling.or_else(JAXINFER_DEFAULTS),
+        priority=arrival.priority,
+        salt="" if num_shared else str(number),
+    )
