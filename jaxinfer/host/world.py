@@ -43,7 +43,7 @@ class World:
         self.scheduler = Scheduler(config, eos_token_ids=scenario.eos)
         self.device = FakeDevice(config, key=scenario.key)
         self.now_s = 0.0
-        self.num_events = 0
+        self.num_events: int = 0
         self.num_failures = 0
         self.sequences: list[Sequence] = []  # by order of arrival
         self.indices: list[int] = []  # of their requests
