@@ -1,5 +1,6 @@
 """What crosses the border between host and device: one batch in, one output back."""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +94,7 @@ def unpack(packed: Any, *, tokens: int) -> Batch:
     return Batch(**fields)
 
 
+@functools.cache
 def _columns(tokens: int, pages_per_seq: int) -> tuple[_Column, ...]:
     widths = {"tokens": tokens, "seed": 2, "banned": MAX_BANNED, "page_table": pages_per_seq}
     dtypes = {

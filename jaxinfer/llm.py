@@ -1,5 +1,6 @@
 """The engine without a server: load a model, give it prompts, get text."""
 
+import gc
 import itertools
 import secrets
 from collections.abc import Generator, Mapping
@@ -173,6 +174,8 @@ def load_engine(
         progress=progress,
     )
     jax.block_until_ready(checkpoint.params)
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: the collector need not look at it between steps
     defaults = checkpoint.sampling.or_else(JAXINFER_DEFAULTS)
     return LoadedEngine(engine, tokenizer, checkpoint.config, checkpoint.name, defaults)
 

@@ -50,7 +50,7 @@ class FakeEngine:
         return outputs
 
     def stats(self):
-        return EngineStats(*[0] * 13, 0.0, 0.0)
+        return EngineStats(*[0] * 13, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture

@@ -45,7 +45,9 @@ class HostTiming:
     steps: int
     step_ms: float
     host_ms: float
-    """Python per step: plan, pack, dispatch, commit, text."""
+    """Processor time of the engine's thread per step: plan, pack, commit, text."""
+    dispatch_ms: float
+    """The same for JAX's call of the program."""
     output_tokens_per_s: float
 
 
@@ -194,5 +196,6 @@ def _time_engine(
         steps=count,
         step_ms=1e3 * seconds / count,
         host_ms=1e3 * (after.host_s - before.host_s) / count,
+        dispatch_ms=1e3 * (after.dispatch_s - before.dispatch_s) / count,
         output_tokens_per_s=(after.num_output_tokens - before.num_output_tokens) / seconds,
     )

@@ -70,13 +70,22 @@ def step(
             f"{one.tokens_per_s:.0f}",
         )
     console.print(table)
-    table = Table("rows", "steps", "step ms", "host ms", "tokens/s", title="the engine's own steps")
+    table = Table(
+        "rows",
+        "steps",
+        "step ms",
+        "host ms",
+        "dispatch ms",
+        "tokens/s",
+        title="the engine's own steps",
+    )
     for one in report.host:
         table.add_row(
             str(one.active),
             str(one.steps),
             f"{one.step_ms:.1f}",
             f"{one.host_ms:.2f}",
+            f"{one.dispatch_ms:.2f}",
             f"{one.output_tokens_per_s:.0f}",
         )
     console.print(table)

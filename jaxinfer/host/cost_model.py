@@ -25,6 +25,7 @@ from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.workload import SLO, Arrival, Prediction, Timeline, Workload, summarise
 
+_FIT_ROUNDS = 5
 _OWN_TOKENS = 2**24  # token ids from here on are in no shared prefix
 
 
@@ -113,30 +114,42 @@ def work_of(plan: Plan, config: EngineConfig) -> Work:
 
 
 def fit(records: Iterable[StepRecord], *, host_s: float = 0.0, edge_s: float = 0.0) -> CostModel:
-    """The model with the least relative error and no negative term.
+    """The model with the least error relative to what it predicts, and no negative term.
 
-    Terms that the records can't tell apart, or that would be negative, are left out one by one.
+    Errors are not taken relative to what was measured: a step that seems short because the host
+    was late for the one before would then count most. Terms that the records can't tell apart, or
+    that would be negative, are left out one by one.
     """
     kept = [record for record in records if record.seconds > 0]
     if not kept:
         raise ConfigError("no step was recorded; a cost model needs at least one")
     seconds = np.array([record.seconds for record in kept])
     features = np.array([(1, *record.work) for record in kept], np.float64)
-    columns = [0, *(at for at in range(1, features.shape[1]) if np.ptp(features[:, at]) > 0)]
-    weighted = features / seconds[:, None]
+    features[:, 1:] *= np.ptp(features[:, 1:], axis=0) > 0  # one value only: part of step_s
+    predicted = np.full(len(kept), seconds.mean())
+    coefficients = np.zeros(features.shape[1])
+    for _ in range(_FIT_ROUNDS):
+        coefficients = _least_squares(features / predicted[:, None], seconds / predicted)
+        predicted = np.maximum(features @ coefficients, seconds.mean() / 100)
+    error = float(np.sqrt(np.mean((seconds / predicted - 1) ** 2)))
+    model = CostModel(*coefficients.tolist())
+    return replace(model, host_s=host_s, edge_s=edge_s, relative_error=error)
+
+
+def _least_squares(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Coefficients of at least 0; those that would be less are left out, the worst first."""
+    scale = np.abs(features).max(axis=0)
+    columns = [at for at in range(features.shape[1]) if scale[at] > 0]
     while True:
-        scale = np.abs(weighted[:, columns]).max(axis=0)
-        scaled = weighted[:, columns] / scale
-        found = np.asarray(np.linalg.lstsq(scaled, np.ones(len(kept)), rcond=1e-9)[0], np.float64)
+        scaled = features[:, columns] / scale[columns]
+        found = np.asarray(np.linalg.lstsq(scaled, wanted, rcond=1e-9)[0], np.float64)
         worst = int(found.argmin())
         if found[worst] >= 0 or len(columns) == 1:
             break
         del columns[worst]
     coefficients = np.zeros(features.shape[1])
-    coefficients[columns] = found / scale
-    error = float(np.sqrt(np.mean((weighted @ coefficients - 1) ** 2)))
-    model = CostModel(*coefficients.tolist())
-    return replace(model, host_s=host_s, edge_s=edge_s, relative_error=error)
+    coefficients[columns] = found / scale[columns]
+    return coefficients
 
 
 def simulate(

@@ -156,7 +156,12 @@ class EngineStats:
     num_programs: int
     num_compiles_after_start: int
     host_s: float
-    """Seconds of Python in all steps together: planning, packing, committing, text."""
+    """Processor seconds of the engine's thread in all steps: plan, pack, commit, text.
+
+    On a CPU device the step under way runs on the same cores; their share is not counted here.
+    """
+    dispatch_s: float
+    """The same for handing programs to the device: what JAX's own call takes."""
     wait_s: float
     """Seconds in which the host only waited for the device."""
     num_queried_tokens: int = 0
