@@ -54,7 +54,7 @@ def large() -> dict[str, Universe]:
     cousin = request(2, (*_SHARED, 1, 2, 3), 7)
     other = request(3, tuple(range(30, 45)), 3)
     four = (shared, twin, cousin, other)
-    growing = [request(number, (*_SHARED, number // 2), 12) for number in range(4)]
+    growing = [request(number, (*_SHARED, number // 2), 7) for number in range(4)]
     late = [
         request(number, one.prompt, one.sampling.max_tokens, deadline_s=deadline_s)
         for number, (one, deadline_s) in enumerate(zip(four, (1.0, 2.0, 1.0, None), strict=True))
@@ -68,13 +68,14 @@ def large() -> dict[str, Universe]:
     short = config(page_size=4, max_seq_len=24)
     return {
         "cancels": _universe(config(), *four, num_cancels=1),
+        "two cancels": _universe(config(), *four, num_cancels=2),
         "failure": _universe(config(), *four, num_failures=1),
         "broken": _universe(config(), *four, num_nans=1),
         "deadlines": _universe(config(), *late, num_ticks=2),
         "mixed": _universe(config(), *mixed, num_cancels=1),
         "turns": _universe(config(overlap=False), *four, num_cancels=1, num_failures=1),
         "growing": _universe(short, *growing, num_cancels=1),
-        "growing, broken": _universe(short, *growing, num_failures=1, num_nans=1),
+        "growing, broken": _universe(short, *growing, num_nans=1),
         "two slots": _universe(config(num_slots=2, num_pages=5), *four, num_cancels=1),
         "no cache": _universe(config(prefix=False), *four, num_cancels=1, num_failures=1),
         "big chunks": _universe(
