@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxinfer.client import translate
 from jaxinfer.client.failures import Raised
 from jaxinfer.client.results import Completed, Completion, Delta, Model, Stamps
+from jaxinfer.client.resume import LOST_AGAIN, Attempts
 from jaxinfer.client.sync import CHANNEL_OPTIONS, POLL_S, PROBE_S
 from jaxinfer.client.translate import ChatMessages, Options
 from jaxinfer.errors import JaxinferError, Unreachable
@@ -47,10 +48,17 @@ class AsyncClient:
     async def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Completion:
         """Continues one prompt: a text, `token_ids=` or `messages=`. See `Options`."""
         message = translate.to_request(pb.GenerateRequest, prompt, options)
-        timeout_s = self._timeout(options.get("timeout_s"))
+        attempts = Attempts(message, options, self._timeout(options.get("timeout_s")))
         sent_s = time.perf_counter()
-        with Raised(self._target):
-            reply: pb.GenerateResponse = await self._inference.Generate(message, timeout=timeout_s)
+        reply: pb.GenerateResponse | None = None
+        while reply is None:
+            try:
+                with Raised(self._target):
+                    reply = await self._inference.Generate(
+                        attempts.message, timeout=attempts.timeout_s
+                    )
+            except LOST_AGAIN as error:
+                await asyncio.sleep(attempts.pause_s(error))
         stamps = Stamps(e2e_s=time.perf_counter() - sent_s)
         return translate.to_completion(reply, stamps=stamps)
 
@@ -63,7 +71,8 @@ class AsyncClient:
         little later, so where that matters use `contextlib.aclosing`.
         """
         message = translate.to_request(pb.GenerateStreamRequest, prompt, options)
-        return self._events(message, self._timeout(options.get("timeout_s")))
+        timeout_s = self._timeout(options.get("timeout_s"))
+        return self._events(Attempts(message, options, timeout_s))
 
     async def tokenize(
         self,
@@ -143,18 +152,24 @@ class AsyncClient:
         raise Unreachable(f"{self._target} was not ready within {timeout_s:g} s; it said: {said}")
 
     async def _events(
-        self, message: pb.GenerateStreamRequest, timeout_s: float | None
+        self, attempts: Attempts[pb.GenerateStreamRequest]
     ) -> AsyncIterator[Delta | Completed]:
         reader = translate.StreamReader()
-        call: Any = self._inference.GenerateStream(message, timeout=timeout_s)
-        try:
-            with Raised(self._target):
-                async for reply in call:
-                    event = reader.feed(reply)
-                    if event is not None:
-                        yield event
-        finally:
-            call.cancel()
+        pause_s: float | None = 0.0
+        while pause_s is not None:
+            await asyncio.sleep(pause_s)
+            call: Any = self._inference.GenerateStream(attempts.message, timeout=attempts.timeout_s)
+            try:
+                with Raised(self._target):
+                    async for reply in call:
+                        event = reader.feed(reply)
+                        if event is not None and attempts.passes(event):
+                            yield event
+                pause_s = None
+            except LOST_AGAIN as error:
+                pause_s = attempts.pause_s(error, reader)
+            finally:
+                call.cancel()
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s

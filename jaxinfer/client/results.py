@@ -12,6 +12,8 @@ class Usage:
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that the server had in its prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)

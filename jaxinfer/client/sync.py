@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxinfer.client import translate
 from jaxinfer.client.failures import Raised
 from jaxinfer.client.results import Completed, Completion, Delta, Model, Stamps
+from jaxinfer.client.resume import LOST_AGAIN, Attempts
 from jaxinfer.client.translate import ChatMessages, Options
 from jaxinfer.errors import JaxinferError, Unreachable
 from jaxinfer.v1 import inference_pb2 as pb
@@ -17,7 +18,14 @@ from jaxinfer.v1 import inference_pb2_grpc, model_pb2, model_pb2_grpc
 
 POLL_S = 0.05
 PROBE_S = 2.0
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 20_000),  # a server that vanished without a word is noticed
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no bound: a long answer is one request
+    ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits grow to two minutes
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
 
 
 class Client:
@@ -52,10 +60,15 @@ class Client:
     def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Completion:
         """Continues one prompt: a text, `token_ids=` or `messages=`. See `Options`."""
         message = translate.to_request(pb.GenerateRequest, prompt, options)
-        timeout_s = self._timeout(options.get("timeout_s"))
+        attempts = Attempts(message, options, self._timeout(options.get("timeout_s")))
         sent_s = time.perf_counter()
-        with Raised(self._target):
-            reply: pb.GenerateResponse = self._inference.Generate(message, timeout=timeout_s)
+        reply: pb.GenerateResponse | None = None
+        while reply is None:
+            try:
+                with Raised(self._target):
+                    reply = self._inference.Generate(attempts.message, timeout=attempts.timeout_s)
+            except LOST_AGAIN as error:
+                time.sleep(attempts.pause_s(error))
         stamps = Stamps(e2e_s=time.perf_counter() - sent_s)
         return translate.to_completion(reply, stamps=stamps)
 
@@ -67,7 +80,8 @@ class Client:
         Closing the iterator, or breaking out of its loop, ends the request in the server.
         """
         message = translate.to_request(pb.GenerateStreamRequest, prompt, options)
-        return self._events(message, self._timeout(options.get("timeout_s")))
+        timeout_s = self._timeout(options.get("timeout_s"))
+        return self._events(Attempts(message, options, timeout_s))
 
     def tokenize(
         self,
@@ -146,19 +160,23 @@ class Client:
             time.sleep(POLL_S)
         raise Unreachable(f"{self._target} was not ready within {timeout_s:g} s; it said: {said}")
 
-    def _events(
-        self, message: pb.GenerateStreamRequest, timeout_s: float | None
-    ) -> Iterator[Delta | Completed]:
+    def _events(self, attempts: Attempts[pb.GenerateStreamRequest]) -> Iterator[Delta | Completed]:
         reader = translate.StreamReader()
-        call: Any = self._inference.GenerateStream(message, timeout=timeout_s)
-        try:
-            with Raised(self._target):
-                for reply in call:
-                    event = reader.feed(reply)
-                    if event is not None:
-                        yield event
-        finally:
-            call.cancel()
+        pause_s: float | None = 0.0
+        while pause_s is not None:
+            time.sleep(pause_s)
+            call: Any = self._inference.GenerateStream(attempts.message, timeout=attempts.timeout_s)
+            try:
+                with Raised(self._target):
+                    for reply in call:
+                        event = reader.feed(reply)
+                        if event is not None and attempts.passes(event):
+                            yield event
+                pause_s = None
+            except LOST_AGAIN as error:
+                pause_s = attempts.pause_s(error, reader)
+            finally:
+                call.cancel()
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s

@@ -51,8 +51,16 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     logprobs: bool
     priority: int
+    use_prefix_cache: bool
+    """False computes the whole prompt, and leaves nothing of it behind for others."""
     timeout_s: float | None
     """The call's deadline, which also ends the request in the server."""
+    resume_s: float
+    """How long to ask again where the connection or the server is lost, from the last news on.
+
+    The answer then goes on where it was: nothing is missing and nothing comes twice. 0, the
+    default, raises the first such error.
+    """
 
 
 # Option name -> the message inside the request that holds it; "" is the request itself.
@@ -63,6 +71,7 @@ PLACES = {
     "request_id": "",
     "model": "",
     "priority": "",
+    "use_prefix_cache": "",
 }
 CHAT_ONLY = ("tools", "template_kwargs", "add_generation_prompt")
 MESSAGE_FIELDS = ("role", "content")
@@ -136,6 +145,17 @@ class StreamReader:
         self._logprobs: list[float] = []
         self._started = pb.Started()
         self._finished = pb.Finished()
+
+    @property
+    def started(self) -> pb.Started | None:
+        """The stream's first message, once it came."""
+        return self._started if self._started.HasField("request_id") else None
+
+    @property
+    def resume(self) -> pb.Resume:
+        """How much of the answer is here already."""
+        num_text_bytes = sum(len(text.encode()) for text in self._text)
+        return pb.Resume(num_tokens=len(self._token_ids), num_text_bytes=num_text_bytes)
 
     def feed(self, message: pb.GenerateStreamResponse) -> Delta | Completed | None:
         """The event that a message is; None for those that only help to build the last one."""

@@ -5,7 +5,7 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jaxinfer.config import ServerConfig
 from jaxinfer.errors import ConfigError, EngineFailed
+from jaxinfer.host.request import Request
 from jaxinfer.server import service
 from jaxinfer.server.hub import Hub
 from jaxinfer.server.served import Deliver, EngineLike, ServedModel
@@ -24,6 +25,7 @@ CLOSE_GRACE_S = 1.0  # for last words on the wire, once the engine is done
 WATCH_S = 0.25  # how soon the end of the engine's thread is seen
 KEEPALIVE_MS = 20_000  # a client that vanished without a word is noticed after this and the next
 KEEPALIVE_TIMEOUT_MS = 10_000
+CLIENT_PING_MS = 10_000  # clients may look that often whether the server is there
 
 log = logging.getLogger("jaxinfer.server")
 
@@ -33,27 +35,55 @@ def run(
     make_engine: MakeEngine,
     config: ServerConfig,
     *,
+    restored: Sequence[Request] = (),
     ready: Callable[[int], None] = lambda port: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish within the grace.
 
     Calls `ready(port)` once requests are answered; a second signal ends it at once. Raises
-    EngineFailed where the engine's thread ended by itself.
+    EngineFailed where the engine's thread ended by itself. `restored` are requests that the engine
+    has from a snapshot: each waits `config.resume_ttl_s` for its client, and then ends.
     """
-    asyncio.run(_run(served, make_engine, config, ready))
+    asyncio.run(_run(Server(served, make_engine, config, restored=restored), config, ready))
+
+
+def check_address(config: ServerConfig) -> None:
+    """Raises ConfigError where nothing can listen there now, before any work was put into it.
+
+    It asks a plain socket, as gRPC does not say what was wrong.
+    """
+    host, port = config.host, config.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(_bind_message(error, host, port)) from None
+    failures = [error for entry in found if (error := _probe(entry)) is not None]
+    # A name may stand for addresses that this machine lacks, such as IPv6's; one is enough.
+    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
+    if taken or len(failures) == len(found):
+        raise ConfigError(_bind_message((taken or failures)[0], host, port))
 
 
 class Server:
     """One model on one port: jaxinfer.v1, health and reflection.
 
     `make_engine(deliver)` makes the engine, e.g. `partial(EngineThread, engine)`; the server starts
-    and stops it.
+    and stops it. `restored` are the requests that this engine has from the start: its first output
+    for each of them holds all of its tokens and text so far.
     """
 
-    def __init__(self, served: ServedModel, make_engine: MakeEngine, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        make_engine: MakeEngine,
+        config: ServerConfig,
+        *,
+        restored: Sequence[Request] = (),
+    ) -> None:
         self._served = served
         self._make_engine = make_engine
         self._config = config
+        self._restored = restored
 
     async def start(self) -> int:
         """Takes the port, starts the engine, and returns the port; health says NOT_SERVING.
@@ -64,15 +94,19 @@ class Server:
         self._engine = self._make_engine(self._hub.deliver)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._grpc = grpc.aio.server(options=_options(self._config))
-        handlers = service.Service(self._served, self._engine, self._hub).handlers()
-        self._grpc.add_generic_rpc_handlers(handlers)
+        edge = service.Service(self._served, self._engine, self._hub, salt=self._config.prefix_salt)
+        self._grpc.add_generic_rpc_handlers(edge.handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*service.NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         await self.set_serving(False)
         port = _bind(self._grpc, self._config)
+        for request in self._restored:
+            self._hub.expect(request)
         self._engine.start()
         await self._grpc.start()
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_later(self._config.resume_ttl_s, self._expire)
         return port
 
     async def set_serving(self, is_serving: bool) -> None:
@@ -93,15 +127,23 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Refuses what is new, lets what runs finish within `grace_s`, ends the rest."""
+        self._expiry.cancel()
         await self.set_serving(False)
         if self._engine.alive and not await asyncio.to_thread(self._engine.drain, grace_s):
             late = self._hub.live
             log.warning("%d requests were not done in %g s; they end now", len(late), grace_s)
-            for request_id in late:
-                self._engine.cancel(request_id)
+            await asyncio.to_thread(self._engine.stop)  # a snapshot keeps what was live
             await self._until_idle(CLOSE_GRACE_S)
         await self._grpc.stop(CLOSE_GRACE_S)
         await asyncio.to_thread(self._engine.stop)
+
+    def _expire(self) -> None:
+        late = self._hub.expire()
+        for request_id in late:
+            self._engine.cancel(request_id)
+        if late:
+            ttl_s = self._config.resume_ttl_s
+            log.warning("%d restored requests were not resumed in %g s; they end", len(late), ttl_s)
 
     async def _until_idle(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -110,13 +152,7 @@ class Server:
             await asyncio.sleep(0.01)
 
 
-async def _run(
-    served: ServedModel,
-    make_engine: MakeEngine,
-    config: ServerConfig,
-    ready: Callable[[int], None],
-) -> None:
-    server = Server(served, make_engine, config)
+async def _run(server: Server, config: ServerConfig, ready: Callable[[int], None]) -> None:
     port = await server.start()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -139,21 +175,13 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_PING_MS),
     ]
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    """Takes the port; by way of a plain socket first, as gRPC does not say what was wrong."""
     host, port = config.host, config.port
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(_bind_message(error, host, port)) from None
-    failures = [error for entry in found if (error := _probe(entry)) is not None]
-    # A name may stand for addresses that this machine lacks, such as IPv6's; one is enough.
-    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
-    if taken or len(failures) == len(found):
-        raise ConfigError(_bind_message((taken or failures)[0], host, port))
+    check_address(config)
     try:
         return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 import asyncio
 from dataclasses import replace
+from typing import NamedTuple
 
 from jaxinfer.errors import DuplicateRequest
-from jaxinfer.host.request import Output
+from jaxinfer.host.request import Output, Request
+from jaxinfer.server.resume import check_same
 
 
 class Mailbox:
@@ -53,12 +55,20 @@ class Mailbox:
         return await self.take()
 
 
+class Unclaimed(NamedTuple):
+    """A request that came back from a snapshot, and everything that it got since."""
+
+    request: Request
+    mailbox: Mailbox
+
+
 class Hub:
-    """The mailboxes of all live requests."""
+    """The mailboxes of all live requests, and of restored ones that still wait for a reader."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._mailboxes: dict[str, Mailbox] = {}
+        self._unclaimed: dict[str, Unclaimed] = {}
 
     @property
     def live(self) -> list[str]:
@@ -67,6 +77,12 @@ class Hub:
 
     def open(self, request_id: str) -> Mailbox:
         """A mailbox for a request that is about to be submitted."""
+        if request_id in self._unclaimed:
+            raise DuplicateRequest(
+                f"a request with id {request_id!r} waits for its client to resume; ask with "
+                "resume to go on with it, or use another id",
+                field="request_id",
+            )
         if request_id in self._mailboxes:
             raise DuplicateRequest(
                 f"a request with id {request_id!r} is still live; use another id, or leave "
@@ -75,6 +91,28 @@ class Hub:
             )
         mailbox = self._mailboxes[request_id] = Mailbox()
         return mailbox
+
+    def expect(self, request: Request) -> None:
+        """Collects what a restored request gets, until it is claimed; before the engine runs."""
+        mailbox = self.open(request.request_id)
+        self._unclaimed[request.request_id] = Unclaimed(request, mailbox)
+
+    def claim(self, request: Request) -> Mailbox | None:
+        """The mailbox of a restored request, with all that it ever got; None where there is none.
+
+        The first one to ask has it. Raises InvalidRequest where `request` is not that request.
+        """
+        unclaimed = self._unclaimed.get(request.request_id)
+        if unclaimed is None:
+            return None
+        check_same(request, unclaimed.request)
+        del self._unclaimed[request.request_id]
+        return unclaimed.mailbox
+
+    def expire(self) -> list[str]:
+        """Gives up waiting for claims; returns the requests that the engine should now end."""
+        unclaimed, self._unclaimed = self._unclaimed, {}
+        return [name for name, one in unclaimed.items() if self.abandon(name, one.mailbox)]
 
     def forget(self, request_id: str) -> None:
         """Drops the mailbox of a request that the engine did not take."""

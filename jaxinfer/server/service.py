@@ -12,6 +12,7 @@ from jaxinfer.errors import DeadlinePassed, Draining, EngineFailed, InvalidReque
 from jaxinfer.host.request import FinishReason, Output, Request
 from jaxinfer.server import translate
 from jaxinfer.server.hub import Hub, Mailbox
+from jaxinfer.server.resume import Rest, Seen, seen_from
 from jaxinfer.server.served import EngineLike, ServedModel
 from jaxinfer.server.status import Call, Reported
 from jaxinfer.v1 import inference_pb2 as pb
@@ -31,6 +32,7 @@ class Live:
     """A request that the engine has taken."""
 
     mailbox: Mailbox
+    rest: Rest
     wanted: translate.Wanted
     started: pb.Started
 
@@ -44,11 +46,13 @@ class Service:
         engine: EngineLike,
         hub: Hub,
         *,
+        salt: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._served = served
         self._engine = engine
         self._hub = hub
+        self._salt = salt
         self._clock = clock
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -70,7 +74,7 @@ class Service:
     async def generate(self, data: bytes, call: Call) -> pb.GenerateResponse:
         async with Reported(call):
             live = await self._begin(translate.parse(pb.GenerateRequest, data), call)
-            output = await live.mailbox.take_all()
+            output = live.rest.of(await live.mailbox.take_all())
             _raise_failure(output)
             return pb.GenerateResponse(
                 started=live.started,
@@ -86,7 +90,7 @@ class Service:
             live = await self._begin(translate.parse(pb.GenerateStreamRequest, data), call)
             yield pb.GenerateStreamResponse(started=live.started)
             while True:
-                output = await live.mailbox.take()
+                output = live.rest.of(await live.mailbox.take())
                 delta = translate.to_delta(output, live.wanted)
                 if delta is not None:
                     yield pb.GenerateStreamResponse(delta=delta)
@@ -140,9 +144,10 @@ class Service:
     async def _begin(
         self, message: pb.GenerateRequest | pb.GenerateStreamRequest, call: Call
     ) -> Live:
-        """Submits a request; from then on the end of the call is the end of the request."""
+        """Submits or resumes; from then on the end of the call is the end of the request."""
         deadline_s = self._deadline_s(call)
         translate.check_model(message.model, self._served)
+        seen = seen_from(message)
         request_id = translate.request_id_from(message)
         sampling = translate.sampling_from(message, self._served.defaults)
         wanted = translate.wanted_from(message.output)
@@ -152,17 +157,21 @@ class Service:
             prompt=tuple(prompt),
             sampling=sampling,
             priority=message.priority,
+            salt=self._salt,
+            use_prefix_cache=translate.uses_prefix_cache(message),
             deadline_s=deadline_s,
         )
-        mailbox = self._submit(request)
+        mailbox = (None if seen is None else self._hub.claim(request)) or self._submit(request)
         call.add_done_callback(lambda _: self._leave(request_id, mailbox))
         started = translate.to_started(
             request_id=request_id,
             model=self._served.name,
             num_prompt_tokens=len(prompt),
-            parameters=translate.to_parameters(sampling, wanted, message.priority),
+            parameters=translate.to_parameters(
+                sampling, wanted, request.priority, request.use_prefix_cache
+            ),
         )
-        return Live(mailbox, wanted, started)
+        return Live(mailbox, Rest(seen or Seen()), wanted, started)
 
     def _deadline_s(self, call: Call) -> float | None:
         remaining_s = call.time_remaining()

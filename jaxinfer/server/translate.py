@@ -117,6 +117,11 @@ def sampling_from(
     return sampling
 
 
+def uses_prefix_cache(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> bool:
+    """Whether the request may read the prefix cache and leave pages in it."""
+    return message.use_prefix_cache if message.HasField("use_prefix_cache") else True
+
+
 def wire_path(field: str) -> str:
     """Where the wire has a field that an error names as Python has it."""
     return WIRE_PATHS.get(field, field)
@@ -139,13 +144,16 @@ def to_started(
     )
 
 
-def to_parameters(sampling: SamplingParams, wanted: Wanted, priority: int) -> pb.Parameters:
+def to_parameters(
+    sampling: SamplingParams, wanted: Wanted, priority: int = 0, use_prefix_cache: bool = True
+) -> pb.Parameters:
     """The values in force."""
     return pb.Parameters(
         sampling=_filled(pb.Sampling, sampling),
         stopping=_filled(pb.Stopping, sampling),
         output=_filled(pb.OutputOptions, wanted),
         priority=priority,
+        use_prefix_cache=use_prefix_cache,
     )
 
 
@@ -186,6 +194,7 @@ def to_summary(output: Output) -> pb.Summary:
             num_prompt_tokens=output.num_prompt_tokens,
             num_output_tokens=output.num_output_tokens,
             num_preemptions=output.num_preemptions,
+            num_cached_tokens=output.num_cached_tokens,
         ),
         timings=pb.Timings(
             queue_s=_between(times.arrived_s, times.scheduled_s),
@@ -208,7 +217,7 @@ def to_model(served: ServedModel) -> model_pb2.Model:
         num_layers=served.config.num_layers,
         d_model=served.config.d_model,
         eos_token_ids=served.limits.eos_token_ids,
-        defaults=to_parameters(defaults, Wanted(), 0),
+        defaults=to_parameters(defaults, Wanted()),
     )
 
 

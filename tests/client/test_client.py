@@ -22,7 +22,7 @@ from jaxinfer.errors import (
     Unreachable,
 )
 from jaxinfer.host.request import SamplingParams
-from tests.server.fake_engine import expected_text, expected_tokens
+from tests.server.fake_engine import expected_logprobs, expected_text, expected_tokens
 from tests.server.serving import running, running_in_thread, until
 
 
@@ -45,7 +45,7 @@ def test_generate_returns_the_whole_completion(client):
     assert isinstance(done, Completion)
     assert done.text == expected_text("hello", 5, seed=7)
     assert done.token_ids == tuple(expected_tokens([1, *b"hello"], 5, seed=7))
-    assert done.logprobs == (-0.5,) * 5
+    assert done.logprobs == tuple(expected_logprobs(5))
     assert done.finish_reason is FinishReason.LENGTH and done.stop is None
     assert (done.usage.num_prompt_tokens, done.usage.num_output_tokens) == (6, 5)
     assert done.timings.total_s >= done.timings.ttft_s >= 0

@@ -1,5 +1,6 @@
 """An engine without a model: each token is a keyed hash of the prompt, the seed and the place."""
 
+import codecs
 import hashlib
 import threading
 import time
@@ -19,9 +20,11 @@ from jaxinfer.host.request import (
     check_request,
 )
 from jaxinfer.server.served import Deliver, ServedModel
+from jaxinfer.text.stops import StopMatcher
 
 MODEL = "fake"
 LIMITS = Limits(vocab_size=256, max_seq_len=512, eos_token_ids=(0,))
+CHARACTERS = ("a", "é", "漢", "🙂", "z", "ß", "字", "🚀")
 CONFIG = ModelConfig("llama", 256, 2, 64, 128, 4, 2, 16, 2048)
 
 
@@ -63,6 +66,16 @@ def expected_tokens(prompt: Sequence[int], count: int, *, seed: int = 0) -> list
     return [97 + key[place % 32] % 26 for place in range(count)]
 
 
+def multibyte_tokens(prompt: Sequence[int], count: int, *, seed: int = 0) -> list[int]:
+    """The bytes of characters of one to four bytes, so that text trails its tokens."""
+    picks = expected_tokens(prompt, count, seed=seed)
+    return list("".join(CHARACTERS[pick % 8] for pick in picks).encode())[:count]
+
+
+def expected_logprobs(count: int) -> list[float]:
+    return [-(place + 1) / 8 for place in range(count)]
+
+
 def expected_text(text: str, count: int, *, seed: int = 0) -> str:
     return bytes(expected_tokens([1, *text.encode()], count, seed=seed)).decode()
 
@@ -73,10 +86,24 @@ class Sequence_:
     arrived_s: float
     tokens: list[int] = field(default_factory=list)
     first_s: float | None = None
+    decoder: Any = field(default_factory=codecs.getincrementaldecoder("utf-8"))
+    matcher: StopMatcher | None = None
+    unsent: list[tuple[int, float, str]] = field(default_factory=list)
+    stop: str | int | None = None
+    reason: FinishReason | None = None
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.request.sampling.stop:
+            self.matcher = StopMatcher(self.request.sampling.stop)
 
 
 class FakeEngine:
-    """One token for each live request and step; an EngineLike with dials for tests."""
+    """One token for each live request and step; an EngineLike with dials for tests.
+
+    `restored` are requests that it has from the start, each with so many tokens: its first output
+    for them holds all of these.
+    """
 
     def __init__(
         self,
@@ -84,6 +111,8 @@ class FakeEngine:
         *,
         step_s: float = 0.0,
         max_live: int = 1000,
+        tokens: Callable[..., list[int]] = expected_tokens,
+        restored: Sequence[tuple[Request, int]] = (),
         on_step: Callable[[list[Output]], None] = lambda outputs: None,
     ) -> None:
         self.deliver, self.step_s, self.max_live, self.on_step = (
@@ -98,9 +127,14 @@ class FakeEngine:
         self.fail_with = ""
         self.submit_error: Exception | None = None
         self._live: dict[str, Sequence_] = {}
+        self._tokens = tokens
         self._lock = threading.Condition()
         self._draining = self._stopped = False
         self._thread = threading.Thread(target=self._loop, daemon=True)
+        for request, count in restored:
+            sequence = self._live[request.request_id] = Sequence_(request, time.monotonic())
+            for _ in range(count):
+                self._push(sequence)
 
     @property
     def alive(self) -> bool:
@@ -125,6 +159,8 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         with self._lock:
             self.cancelled.append(request_id)
+            if request_id in self._live:
+                self._live[request_id].is_cancelled = True
             self._lock.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
@@ -157,46 +193,61 @@ class FakeEngine:
 
     def _advance(self, sequence: Sequence_) -> Output:
         request, now = sequence.request, time.monotonic()
-        if request.request_id in self.cancelled:
-            return self._output(sequence, (), FinishReason.CANCELLED, now)
+        if sequence.is_cancelled:
+            return self._output(sequence, FinishReason.CANCELLED, now)
         if request.deadline_s is not None and now >= request.deadline_s:
-            return self._output(sequence, (), FinishReason.DEADLINE, now)
+            return self._output(sequence, FinishReason.DEADLINE, now)
         if self.fail_with:
-            return self._output(sequence, (), FinishReason.ERROR, now)
-        place = len(sequence.tokens)
-        seed = request.sampling.seed or 0
-        token = expected_tokens(request.prompt, place + 1, seed=seed)[place]
-        sequence.tokens.append(token)
+            return self._output(sequence, FinishReason.ERROR, now)
         sequence.first_s = sequence.first_s or now
-        reason, stop = None, None
-        if token in request.sampling.stop_token_ids:
-            reason, stop = FinishReason.STOP_TOKEN, token
-        elif chr(token) in request.sampling.stop:
-            reason, stop = FinishReason.STOP_STRING, chr(token)
-        elif len(sequence.tokens) == request.sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        elif len(request.prompt) + len(sequence.tokens) >= LIMITS.max_seq_len:
-            reason = FinishReason.CONTEXT
-        return self._output(sequence, (token,), reason, now, stop)
+        self._push(sequence)
+        return self._output(sequence, sequence.reason, now)
 
-    def _output(
-        self,
-        sequence: Sequence_,
-        tokens: tuple[int, ...],
-        reason: FinishReason | None,
-        now: float,
-        stop: str | int | None = None,
-    ) -> Output:
+    def _push(self, sequence: Sequence_) -> None:
+        """One token more, if it is not the end, and the text that it makes certain."""
+        if sequence.reason is not None:
+            return
+        request, place = sequence.request, len(sequence.tokens)
+        seed = request.sampling.seed or 0
+        token = self._tokens(request.prompt, place + 1, seed=seed)[place]
+        sequence.tokens.append(token)
+        text = ""
+        if token in request.sampling.stop_token_ids:
+            sequence.reason, sequence.stop = FinishReason.STOP_TOKEN, token
+        else:
+            text = sequence.decoder.decode(bytes([token]))
+            if sequence.matcher is not None:
+                text, sequence.stop = sequence.matcher.push(text)
+            if sequence.stop is not None:
+                sequence.reason = FinishReason.STOP_STRING
+            elif len(sequence.tokens) == request.sampling.max_tokens:
+                sequence.reason = FinishReason.LENGTH
+            elif len(request.prompt) + len(sequence.tokens) >= LIMITS.max_seq_len:
+                sequence.reason = FinishReason.CONTEXT
+        if sequence.reason not in (None, FinishReason.STOP_STRING):
+            text += self._held_back(sequence)
+        sequence.unsent.append((token, expected_logprobs(place + 1)[place], text))
+
+    def _held_back(self, sequence: Sequence_) -> str:
+        held, _ = sequence.decoder.getstate()
+        text = held.decode(errors="replace")
+        if sequence.matcher is None:
+            return text
+        return sequence.matcher.push(text).text + sequence.matcher.finish()
+
+    def _output(self, sequence: Sequence_, reason: FinishReason | None, now: float) -> Output:
+        unsent, sequence.unsent = sequence.unsent, []
         return Output(
             request_id=sequence.request.request_id,
-            token_ids=tokens,
-            logprobs=tuple(-0.5 for _ in tokens),
-            text="" if stop else bytes(tokens).decode(),
+            token_ids=tuple(token for token, _, _ in unsent),
+            logprobs=tuple(logprob for _, logprob, _ in unsent),
+            text="".join(text for _, _, text in unsent),
             finish_reason=reason,
-            stop=stop,
+            stop=sequence.stop,
             error=self.fail_with if reason is FinishReason.ERROR else "",
             num_prompt_tokens=len(sequence.request.prompt),
             num_output_tokens=len(sequence.tokens),
+            num_cached_tokens=len(sequence.request.prompt) // 2,
             timings=Timings(
                 sequence.arrived_s,
                 sequence.arrived_s,

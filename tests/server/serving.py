@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import pytest
 from google.rpc import status_pb2
 
 from jaxinfer.config import ServerConfig
-from jaxinfer.host.request import SamplingParams
+from jaxinfer.host.request import Request, SamplingParams
 from jaxinfer.server.app import Server
 from jaxinfer.server.status import DETAILS_KEY
 from jaxinfer.v1 import inference_pb2_grpc
@@ -27,19 +27,24 @@ class Running(NamedTuple):
 @asynccontextmanager
 async def running(
     *,
-    step_s: float = 0.0,
-    max_live: int = 1000,
     config: ServerConfig | None = None,
     defaults: SamplingParams | None = None,
     grace_s: float = 0.2,
+    restored: Sequence[tuple[Request, int]] = (),
+    **dials,
 ) -> AsyncIterator[Running]:
     engines = []
 
     def make_engine(deliver):
-        engines.append(FakeEngine(deliver, step_s=step_s, max_live=max_live))
+        engines.append(FakeEngine(deliver, restored=restored, **dials))
         return engines[-1]
 
-    server = Server(served(defaults=defaults), make_engine, config or ServerConfig(port=0))
+    server = Server(
+        served(defaults=defaults),
+        make_engine,
+        config or ServerConfig(port=0),
+        restored=[request for request, _ in restored],
+    )
     port = await server.start()
     await server.set_serving(True)
     try:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +16,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from jaxinfer.cli.options import Common
+from jaxinfer.cli.serve import serve
 from jaxinfer.config import ServerConfig
-from jaxinfer.errors import ConfigError, EngineFailed
+from jaxinfer.errors import ConfigError, EngineFailed, JaxinferError
 from jaxinfer.server import app, service
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import inference_pb2_grpc
@@ -34,6 +37,17 @@ def test_a_second_server_on_a_port_fails_at_once():
                 await app.Server(served(), FakeEngine, ServerConfig(port=port)).start()
 
     asyncio.run(body())
+
+
+def test_serve_finds_a_taken_port_before_it_looks_for_a_model(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        missing = str(tmp_path / "no model")
+        with pytest.raises(ConfigError, match=f"port {port} is taken.*server.port"):
+            serve(common=Common(model=missing, overrides=(f"server.port={port}",)))
+    with pytest.raises(JaxinferError, match="no model") as caught:
+        serve(common=Common(model=missing, overrides=(f"server.port={port}",)))
+    assert "taken" not in str(caught.value).replace(missing, "")
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])

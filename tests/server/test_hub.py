@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from jaxinfer.errors import DuplicateRequest
-from jaxinfer.host.request import FinishReason, Output
+from jaxinfer.errors import DuplicateRequest, InvalidRequest
+from jaxinfer.host.request import FinishReason, Output, Request, SamplingParams
 from jaxinfer.server.hub import Hub
 
 
@@ -78,6 +78,43 @@ def test_an_id_is_taken_until_the_engine_has_ended_it():
         second = hub.open("a")
         assert not hub.abandon("a", mailbox)  # the first one's late goodbye is not the second's
         assert hub.live == ["a"] and hub.abandon("a", second)
+
+    asyncio.run(body())
+
+
+def test_an_expected_request_keeps_all_it_gets_for_the_first_that_claims_it():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        request = Request("a", (1, 2), SamplingParams(seed=1))
+        assert hub.claim(request) is None
+        hub.expect(request)
+        hub.deliver([output("a", "xy")])
+        hub.deliver([output("a", "z", FinishReason.LENGTH)])
+        await asyncio.sleep(0.01)
+        assert hub.live == []
+        with pytest.raises(DuplicateRequest, match="waits for its client"):
+            hub.open("a")
+        with pytest.raises(InvalidRequest, match="another prompt, seed"):
+            hub.claim(Request("a", (1, 3), SamplingParams(seed=2)))
+        mailbox = hub.claim(request)
+        assert mailbox is not None and (await mailbox.take_all()).text == "xyz"
+        assert hub.claim(request) is None and hub.expire() == []
+
+    asyncio.run(body())
+
+
+def test_what_expires_is_ended_only_where_it_is_live():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        requests = [Request(name, (1,), SamplingParams(seed=1)) for name in "abc"]
+        for request in requests:
+            hub.expect(request)
+        assert hub.claim(requests[2]) is not None
+        hub.deliver([output("a", "x", FinishReason.LENGTH)])
+        await asyncio.sleep(0.01)
+        assert hub.expire() == ["b"] and hub.live == ["b", "c"]
+        assert hub.claim(requests[0]) is hub.claim(requests[1]) is None
+        hub.open("a")  # its name is free again
 
     asyncio.run(body())
 

@@ -12,6 +12,7 @@ from jaxinfer.host.request import JAXINFER_DEFAULTS
 from jaxinfer.runner import EngineThread
 from jaxinfer.server.app import Server
 from jaxinfer.server.served import ServedModel
+from jaxinfer.v1 import inference_pb2 as pb
 from tests import tiny
 from tests.server.fake_engine import FakeTokenizer
 
@@ -24,13 +25,14 @@ def engine():
     return tiny.make_engine(cache=CacheConfig(num_pages=64))
 
 
-def serve(engine, scenario):
+def serve(engine, scenario, restored=()):
     """Runs `scenario(client)` against a server with this engine."""
 
     async def run():
         tokenizer = FakeTokenizer()
         served = ServedModel("tiny", tiny.MODEL, tokenizer, engine.limits, JAXINFER_DEFAULTS)
-        server = Server(served, partial(EngineThread, engine), ServerConfig(port=0))
+        thread = partial(EngineThread, engine)
+        server = Server(served, thread, ServerConfig(port=0), restored=restored)
         port = await server.start()
         await server.set_serving(True)
         client = AsyncClient(f"127.0.0.1:{port}")
@@ -118,3 +120,47 @@ def test_bad_requests_do_not_disturb_the_others(engine):
     requests = [tiny.make_request(f"r{n}", p, max_tokens=12) for n, p in enumerate(PROMPTS[:6])]
     expected = tiny.run(engine, requests)
     assert serve(engine, mixed) == [expected[f"r{number}"].tokens for number in range(6)]
+
+
+def test_answers_cut_anywhere_go_on_restored_or_computed_again(engine):
+    requests = [
+        tiny.make_request(f"r{n}", prompt, max_tokens=12, temperature=0.8, seed=n)
+        for n, prompt in enumerate(PROMPTS[:13])
+    ]
+    expected = tiny.run(engine, requests)
+    for request in requests:
+        engine.submit(request)
+    for _ in range(20):
+        engine.step()
+    snapshot = engine.snapshot()
+    assert any(saved.tokens for saved in snapshot.requests)
+    for request in requests:
+        engine.cancel(request.request_id)
+    while engine.has_work:
+        engine.step()
+
+    async def one(client, number, request):
+        whole, cut = expected[request.request_id], min(number, 12)
+        text = "".join(f"<{token}>" for token in whole.tokens[:cut])
+        message = pb.GenerateStreamRequest(
+            request_id=request.request_id,
+            token_ids={"ids": request.prompt},
+            sampling={"temperature": 0.8, "seed": number},
+            stopping={"max_tokens": 12, "ignore_eos": True},
+            output={"token_ids": True, "logprobs": True},
+            resume={"num_tokens": cut, "num_text_bytes": len(text)},
+        )
+        events = [event async for event in client._inference.GenerateStream(message)]
+        assert text + "".join(event.delta.text for event in events) == whole.text
+        ids = [token for event in events for token in event.delta.token_ids]
+        assert tuple(ids) == whole.tokens[cut:]
+        logprobs = [value for event in events for value in event.delta.logprobs]
+        assert tuple(logprobs) == whole.logprobs[cut:]
+
+    async def all_of_them(client):
+        await asyncio.gather(*(one(client, n, request) for n, request in enumerate(requests)))
+
+    restored = engine.restore(snapshot)
+    assert 0 < len(restored) < len(requests)  # the others had ended, and are computed again
+    serve(engine, all_of_them, restored)
+    assert engine.stats().num_free_pages == engine.stats().num_pages

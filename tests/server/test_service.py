@@ -12,7 +12,7 @@ import pytest
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import model_pb2, model_pb2_grpc
-from tests.server.fake_engine import expected_text, expected_tokens
+from tests.server.fake_engine import expected_logprobs, expected_text, expected_tokens
 from tests.server.serving import refused, until, with_stub
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_a_stream_is_started_deltas_finished_summary():
         assert "".join(delta.text for delta in deltas) == expected_text("hello", 5, seed=3)
         ids = [token for delta in deltas for token in delta.token_ids]
         assert ids == expected_tokens([1, *b"hello"], 5, seed=3)
-        assert [value for delta in deltas for value in delta.logprobs] == [-0.5] * 5
+        assert [value for delta in deltas for value in delta.logprobs] == (expected_logprobs(5))
         assert events[-2].finished.reason == pb.FINISH_REASON_LENGTH
         usage = events[-1].summary.usage
         assert (usage.num_prompt_tokens, usage.num_output_tokens) == (6, 5)
