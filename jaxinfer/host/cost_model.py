@@ -8,10 +8,12 @@ time has passed, and its tokens are read one step late, as the engine does.
 """
 
 import heapq
+import json
+import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +71,29 @@ class CostModel:
 
     def _coefficients(self) -> tuple[float, ...]:
         return astuple(self)[: len(Work._fields) + 1]
+
+
+def to_json(cost: CostModel) -> str:
+    """A cost model as a file holds it."""
+    return json.dumps(asdict(cost), indent=1) + "\n"
+
+
+def from_json(text: str) -> CostModel:
+    """Reads `to_json` back; raises ConfigError where it is anything else."""
+    known = [field.name for field in fields(CostModel)]
+    try:
+        found = json.loads(text)
+        values = {name: float(value) for name, value in found.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"no cost model: {error}") from error
+    wrong = sorted(values.keys() ^ set(known))
+    if wrong:
+        raise ConfigError(f"a cost model has {', '.join(known)}; {', '.join(wrong)} differ")
+    cost = CostModel(**values)
+    is_finite = all(0 <= value < math.inf for value in values.values())
+    if not is_finite or not any(cost._coefficients()):
+        raise ConfigError("every cost must be finite and at least 0, and those of a step not all 0")
+    return cost
 
 
 class Recorder:

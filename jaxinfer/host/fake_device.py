@@ -4,8 +4,12 @@ A page holds cells, one a token. A cell is a hash of the cell before it and of i
 and values depend on everything before them; the next token is a hash of all cells that the row's
 page table leads to. So one wrong page, token, slot or length changes the text, and a cell that
 nobody has written since its page was handed out is noticed at once.
+
+The hashes are our own: Python's differ between processes and versions.
 """
 
+import zlib
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import NamedTuple
@@ -18,9 +22,11 @@ from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, unpack
 
 VOCAB_SIZE = 50
-NAN = -1  # what a broken row writes; no hash of Python is -1
-EMPTY = None  # a cell that must not be read
+EMPTY = 0  # a cell that must not be read
+NAN = 1  # what a broken row writes
 _ROOT = 17
+_BROKEN_TOKEN = -1
+_MASK = 2**61 - 1
 
 
 class Row(NamedTuple):
@@ -54,11 +60,11 @@ class FakeDevice:
     def __init__(self, config: EngineConfig, *, key: int = 0) -> None:
         self.page_size = config.cache.page_size
         self.key = key
-        self.cells: list[int | None] = [EMPTY] * (config.num_pages * self.page_size)
+        self.cells: list[int] = [EMPTY] * (config.num_pages * self.page_size)
         self.last: list[int] = [0] * (config.num_slots + 1)
 
     def run(self, row: Row, *, is_broken: bool = False) -> int:
-        """Stores the row's tokens and returns the next one; NAN where it has read or is broken."""
+        """Stores the row's tokens and returns the next one; negative where it is broken."""
         size, end = self.page_size, row.start + row.length
         places = [row.pages[at // size] * size + at % size for at in range(end)]
         read = [self.cells[place] for place in places[: row.start]]
@@ -67,10 +73,10 @@ class FakeDevice:
         is_broken = is_broken or NAN in read
         cell = read[-1] if read else _ROOT
         for token, place in zip(tokens, places[row.start :], strict=True):
-            cell = NAN if is_broken else hash((cell, token))
+            cell = NAN if is_broken else _cell(cell, token)
             self.cells[place] = cell
             read.append(cell)
-        token = NAN if is_broken else next_token(read, row=row, key=self.key)
+        token = _BROKEN_TOKEN if is_broken else next_token(read, row=row, key=self.key)
         if row.is_sampled:
             self.last[row.slot] = max(token, 0)
         return token
@@ -87,7 +93,7 @@ class FakeDevice:
         return [row.pages[at // size] * size + at % size for at in range(row.start, end)]
 
 
-def next_token(cells: Items[int | None], *, row: Row, key: int) -> int:
+def next_token(cells: Items[int], *, row: Row, key: int) -> int:
     """The token after these cells, as this row's seed and bans have it."""
     return _token(cells, seed=row.seed, banned=row.banned, key=key)
 
@@ -97,7 +103,7 @@ def solo(request: Request, config: EngineConfig, *, eos: frozenset[int], key: in
     sampling, cell = request.sampling, _ROOT
     cells: list[int] = []
     for token in request.prompt:
-        cell = hash((cell, token))
+        cell = _cell(cell, token)
         cells.append(cell)
     limit = config.max_seq_len - len(request.prompt)
     if sampling.max_tokens is not None:
@@ -106,7 +112,7 @@ def solo(request: Request, config: EngineConfig, *, eos: frozenset[int], key: in
     while True:
         banned = _banned(request, len(tokens), eos=eos)
         token = _token(cells, seed=sampling.seed or 0, banned=banned, key=key)
-        cell = hash((cell, token))
+        cell = _cell(cell, token)
         cells.append(cell)
         tokens.append(token)
         reason = None
@@ -136,11 +142,7 @@ def plain_rows(plan: Plan, *, eos: frozenset[int]) -> list[tuple[Sequence, Row]]
 
 def packed_rows(table: SlotTable, plan: Plan) -> list[tuple[Sequence, Row]]:
     """The rows of a plan as the real programs get them: through the packed batches."""
-    for admission in plan.admit:
-        table.admit(admission.sequence)
-    for stored in plan.stored:
-        if stored.sequence.order in plan.num_pages:
-            table.grow(stored.sequence)
+    table.update(plan)
     rows: list[tuple[Sequence, Row]] = []
     for chunk in plan.chunks:
         batch = unpack(table.chunk(chunk), tokens=chunk.size)
@@ -197,8 +199,13 @@ def _banned(request: Request, num_outputs: int, *, eos: frozenset[int]) -> froze
     return ends if sampling.ignore_eos else ends | eos
 
 
-def _token(cells: Items[int | None], *, seed: int, banned: frozenset[int], key: int) -> int:
-    token = hash((key, seed, *cells)) % VOCAB_SIZE
+def _cell(before: int, token: int) -> int:
+    """Neither EMPTY nor NAN."""
+    return ((before ^ token + 1) * 0x9E3779B97F4A7C15 >> 3) & _MASK | 2
+
+
+def _token(cells: Items[int], *, seed: int, banned: frozenset[int], key: int) -> int:
+    token = zlib.crc32(array("Q", (key, seed, *cells))) % VOCAB_SIZE
     while token in banned:
         token = (token + 1) % VOCAB_SIZE
     return token

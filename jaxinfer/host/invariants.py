@@ -3,7 +3,7 @@
 Each check recomputes from the outside what the scheduler books on the inside.
 """
 
-from jaxinfer.host.fake_device import NAN
+from jaxinfer.host.fake_device import EMPTY, NAN
 from jaxinfer.host.loop import Sampled
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import FinishReason
@@ -64,7 +64,7 @@ def check_known(world: World) -> list[int]:
     cells, returned = world.device.cells, world.returned
     for page in known:
         there = returned[page * size : (page + 1) * size]
-        assert None not in there, f"page {page} is known before it is written"
+        assert EMPTY not in there, f"page {page} is known before it is written"
         assert NAN not in there, f"page {page} is known and broken"
         assert there == cells[page * size : (page + 1) * size], f"known page {page} is overwritten"
         writer = world.sequences[world.writers[page]].request
@@ -87,6 +87,31 @@ def check_deadlines(world: World) -> None:
         assert deadline_s is None or deadline_s > world.now_s, "overdue and still live"
 
 
+def check_hopeless(world: World, sequence: Sequence) -> None:
+    """One that ends for its deadline is late, or waits and even the fastest service would be."""
+    deadline_s = sequence.request.deadline_s
+    assert deadline_s is not None
+    if deadline_s > world.now_s:
+        assert sequence.slot is None, f"request {sequence.order}: it runs and has time left"
+        wait_s = least_wait_s(world, sequence)
+        assert world.now_s + wait_s > deadline_s, f"request {sequence.order}: it could make it"
+        world.hopeless[sequence.order] = sequence.num_preemptions
+
+
+def least_wait_s(world: World, sequence: Sequence) -> float:
+    """The time until a token, if all that is in no page were prefilled at once and alone."""
+    config, cells = world.config, world.solo(sequence).cells[: len(sequence.tokens)]
+    size, stored = config.cache.page_size, set[int]()
+    in_full_pages = {EMPTY, *cells[: len(cells) // size * size]}
+    for page, writer in enumerate(world.writers):
+        there = set(world.device.cells[page * size : (page + 1) * size])
+        if config.cache.prefix and there <= in_full_pages:
+            stored |= there if _can_share(world.sequences, writer, sequence) else set()
+    num_left = max(1, sum(cell not in stored for cell in cells))
+    most = max(config.max_prefill_tokens, config.prefill_chunks[-1])
+    return max(num_left * world.pace.prefill_token_s, -(-num_left // most) * world.pace.step_s)
+
+
 def check_plan(world: World, plan: Plan, before: Before) -> None:
     """Before a plan is booked: making it has changed nothing, and it is fair and within bounds."""
     if world.is_logged:
@@ -102,6 +127,9 @@ def check_plan(world: World, plan: Plan, before: Before) -> None:
     assert sum(padded) <= max(config.max_prefill_tokens, *padded[:1], 0), "too much prefill"
     assert not line or line[0] not in plan.preempt, "the first in line was preempted"
     for sequence in plan.preempt:
+        lower = [one for one in line if one.request.priority > sequence.request.priority]
+        has_rank = all(one in plan.preempt or not one.pages for one in lower)
+        assert has_rank, f"request {sequence.order} gives way to a lower priority"
         assert sequence in line and sequence not in plan.sampled, "a victim takes part"
     for chunk in plan.chunks:
         assert 1 <= chunk.length <= chunk.size, "an empty or overfull chunk"
@@ -169,7 +197,8 @@ def check_end(world: World, sequence: Sequence) -> None:
         assert not known.intersection(world.tables[order]), "pages of a broken request are known"
     elif reason is FinishReason.DEADLINE:
         deadline_s = sequence.request.deadline_s
-        assert deadline_s is not None and deadline_s <= world.now_s, "ended before its time"
+        is_late = deadline_s is not None and deadline_s <= world.now_s
+        assert is_late or order in world.hopeless, "ended before its time"
 
 
 def taken_pages(plan: Plan, before: Before) -> list[int]:
@@ -199,7 +228,7 @@ def _note_idle(world: World, known: list[int], owners: list[int]) -> None:
             idle_since.setdefault(page, world.num_events)
         else:
             idle_since.pop(page, None)
-            if not count and world.device.cells[page * size] is not None:
+            if not count and world.device.cells[page * size] != EMPTY:
                 world.hand_out([page])
 
 
@@ -287,7 +316,7 @@ def _check_published(world: World, running: list[Sequence], known: list[int]) ->
         if not sequence.request.use_prefix_cache:
             continue
         cells = [world.returned[page * size + at] for page in sequence.pages for at in range(size)]
-        written = cells.index(None) if None in cells else len(cells)
+        written = cells.index(EMPTY) if EMPTY in cells else len(cells)
         if written <= sequence.num_to_prefill:
             continue
         for end in range(size, min(written, len(sequence.tokens) - 2) + 1, size):
@@ -295,13 +324,21 @@ def _check_published(world: World, running: list[Sequence], known: list[int]) ->
             assert is_known, f"request {sequence.order}: a full page was not published"
 
 
-def _findable(world: World, known: list[int]) -> set[tuple[str, int | None]]:
+def _findable(world: World, known: list[int]) -> set[tuple[str, int]]:
     """The known pages by what is in them: the last cell depends on all before it."""
-    size, found = world.config.cache.page_size, set[tuple[str, int | None]]()
+    size, found = world.config.cache.page_size, set[tuple[str, int]]()
     for page in known:
         salt = world.sequences[world.writers[page]].request.salt
         found.add((salt, world.returned[(page + 1) * size - 1]))
     return found
+
+
+def _can_share(sequences: list[Sequence], writer: int, sequence: Sequence) -> bool:
+    """Whether what request number `writer` has written may be read by the sequence."""
+    if writer < 0:
+        return False
+    wrote, reads = sequences[writer].request, sequence.request
+    return wrote.use_prefix_cache and reads.use_prefix_cache and wrote.salt == reads.salt
 
 
 def _may_decode(world: World, sequence: Sequence) -> bool:

@@ -13,6 +13,7 @@ in the pool.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from jaxinfer.errors import OutOfPages
@@ -111,6 +112,29 @@ class PagePool:
         if page in self._idle:
             del self._idle[page]
             heapq.heappush(self._free, page)
+
+    def load(
+        self,
+        *,
+        owned: Iterable[int],
+        kept: Iterable[int],
+        idle: Iterable[int],
+        peak_owned: int,
+        num_evicted: int,
+    ) -> None:
+        """Takes over the pages of another pool: those of all sequences, and those that are kept."""
+        assert self.num_available == self.num_pages and not self._idle, "the pool is in use"
+        num_owners = Counter(owned)
+        self._num_owners = [num_owners[page] for page in range(self.num_pages)]
+        for page in kept:
+            self._is_kept[page] = 1
+        self._idle = dict.fromkeys(idle)
+        self._free = [
+            page
+            for page in range(self.num_pages)
+            if not self._num_owners[page] and not self._is_kept[page]
+        ]
+        self.peak_owned, self.num_evicted = peak_owned, num_evicted
 
     def check_integrity(self, owned: Iterable[int], kept: Iterable[int] = ()) -> None:
         """Asserts that these pages (once an owner) are owned, these kept, and all the rest free."""

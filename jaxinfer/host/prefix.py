@@ -11,6 +11,7 @@ once the step that wrote them has returned, are never written again, and are for
 needs them.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +26,17 @@ _DIGEST_BYTES = 16
 
 class _Known(NamedTuple):
     page: int
+    tokens: tuple[int, ...]
+    parent: bytes  # digest of the page before it; empty for a first page
+    salt: str
+
+
+class KnownPage(NamedTuple):
+    """What makes a page known again: its own tokens, and the page that they follow."""
+
+    page: int
+    parent: int  # -1 for a first page
+    salt: str
     tokens: tuple[int, ...]
 
 
@@ -65,8 +77,7 @@ class PrefixCache:
         found, size = list(done), self._page_size
         parent = found[-1] if found else self._root(salt)
         for start in range(len(found) * size, len(tokens) - size + 1, size):
-            part = np.asarray(tokens[start : start + size], np.int32).tobytes()
-            parent = blake2b(parent + part, digest_size=_DIGEST_BYTES).digest()
+            parent = _digest(parent, tokens[start : start + size])
             found.append(parent)
         return found
 
@@ -81,16 +92,25 @@ class PrefixCache:
             pages.append(known.page)
         return pages
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether the page with this digest is known, whatever became of those before it."""
+        return digest in self._known
+
     def count(self, *, queried: int, hits: int) -> None:
         """Books the outcome of one admission, in tokens."""
         self._num_queried += queried
         self._num_hits += hits
 
-    def publish(self, page: int, tokens: Items[int], digest: bytes) -> None:
-        """Makes an owned, written, full page known; one with the same contents stays as it is."""
+    def publish(
+        self, page: int, tokens: Items[int], digest: bytes, *, parent: bytes, salt: str
+    ) -> None:
+        """Makes an owned, written, full page known; one with the same contents stays as it is.
+
+        `parent` is the digest of the page before it, or empty.
+        """
         if digest in self._known or page in self._digest_of:
             return
-        self._known[digest] = _Known(page, tuple(tokens))
+        self._known[digest] = _Known(page, tuple(tokens), parent, salt)
         self._digest_of[page] = digest
         self._pool.keep(page)
 
@@ -107,6 +127,54 @@ class PrefixCache:
         self.forget(pages)
         return len(pages)
 
+    def forget_orphans(self) -> int:
+        """Forgets the pages that follow one that is unknown: nobody could compute them again."""
+        rooted = {known.page for known in self._rooted().values()}
+        orphans = [page for page in self.pages if page not in rooted]
+        self.forget(orphans)
+        return len(orphans)
+
+    def known_pages(self) -> list[KnownPage]:
+        """All that is known but orphans, each page after the one that it follows."""
+        rooted = self._rooted()
+        return [
+            KnownPage(
+                page=known.page,
+                parent=rooted[known.parent].page if known.parent else -1,
+                salt=known.salt,
+                tokens=known.tokens,
+            )
+            for known in rooted.values()
+        ]
+
+    def chains(self) -> list[tuple[list[int], list[int]]]:
+        """What to prefill, and into which pages, so that every known page holds what it should.
+
+        Each chain begins at token 0 and ends at a page that no known one follows; orphans are in
+        none.
+        """
+        known = {one.page: one for one in self.known_pages()}
+        parents = {one.parent for one in known.values()}
+        found: list[tuple[list[int], list[int]]] = []
+        for page in (page for page in known if page not in parents):
+            pages: list[int] = []
+            while page >= 0:
+                pages.append(page)
+                page = known[page].parent
+            pages.reverse()
+            found.append(([token for page in pages for token in known[page].tokens], pages))
+        return found
+
+    def load(self, known: Iterable[KnownPage], *, num_queried: int, num_hits: int) -> None:
+        """Takes over what another cache knew; the pool has kept these pages already."""
+        assert not self._known, "a cache that knows pages can't become another one"
+        for page, parent, salt, tokens in known:
+            before = self._digest_of[parent] if parent >= 0 else b""
+            digest = _digest(before or self._root(salt), tokens)
+            self._known[digest] = _Known(page, tuple(tokens), before, salt)
+            self._digest_of[page] = digest
+        self._num_queried, self._num_hits = num_queried, num_hits
+
     def stats(self) -> PrefixStats:
         """Counts so far."""
         return PrefixStats(
@@ -115,6 +183,18 @@ class PrefixCache:
             num_evicted_pages=self._pool.num_evicted,
             num_pages=len(self._known),
         )
+
+    def _rooted(self) -> dict[bytes, _Known]:
+        """The known pages that follow known ones only, each after the one that it follows."""
+        followers: dict[bytes, list[bytes]] = {}
+        for digest, known in self._known.items():
+            followers.setdefault(known.parent, []).append(digest)
+        found: dict[bytes, _Known] = {}
+        line = followers.get(b"", [])
+        for digest in line:
+            found[digest] = self._known[digest]
+            line += followers.get(digest, [])
+        return found
 
     def _forget(self, page: int) -> None:
         del self._known[self._digest_of.pop(page)]
@@ -125,3 +205,8 @@ class PrefixCache:
             for part in (self._namespace.encode(), salt.encode())
         )
         return blake2b(parts, digest_size=_DIGEST_BYTES).digest()
+
+
+def _digest(parent: bytes, tokens: Items[int]) -> bytes:
+    part = np.asarray(tokens, np.int32).tobytes()
+    return blake2b(parent + part, digest_size=_DIGEST_BYTES).digest()

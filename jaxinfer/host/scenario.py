@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.host.request import Request, SamplingParams
 
-Kind = Literal["submit", "cancel", "time", "step", "fail", "nan", "flush"]
+Kind = Literal["submit", "cancel", "time", "step", "drain", "fail", "nan", "flush"]
 Phase = Literal["", "dispatched", "read", "taken"]
 PHASES: tuple[Phase, ...] = ("", "dispatched", "read", "taken")
 
@@ -20,6 +20,7 @@ class Event(NamedTuple):
     cancel   that one is cancelled; with a phase in the midst of a step that begins now
     time     the clock goes on to `at`
     step     one engine step
+    drain    one that leaves nothing under way
     fail     one whose device call raises, on dispatch or, with phase "read", on reading
     nan      one in which the rows of that request are not finite
     flush    the prefix cache is emptied
@@ -44,6 +45,8 @@ class Scenario:
     eos: tuple[int, ...] = ()
     key: int = 0
     """Of the fake model: another key, another text."""
+    pace: tuple[float, float] = (0.0, 0.0)
+    """Seconds that each prefilled token and each step take at least, as the scheduler is told."""
     is_packed: bool = False
     """Rows go through the packed batches, as the real programs get them."""
 

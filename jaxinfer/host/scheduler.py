@@ -14,8 +14,10 @@ import bisect
 from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.host.draft import Draft
+from jaxinfer.host.pace import Pace
 from jaxinfer.host.pages import PagePool
-from jaxinfer.host.plan import Admission, Chunk, Plan, Stored
+from jaxinfer.host.plan import Admission, Plan
 from jaxinfer.host.prefix import PrefixCache
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
@@ -33,8 +35,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by rank
         self.slots: list[Sequence | None] = [None] * config.num_slots
         self.num_preemptions = 0
+        self.prefill_debt = 0  # tokens of long prompts that decode steps have yet to make up for
+        self.num_arrived = 0
         self._eos = frozenset(eos_token_ids)
-        self._num_arrived = 0
 
     @property
     def running(self) -> list[Sequence]:
@@ -44,31 +47,45 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Puts a request into the line."""
-        sequence = Sequence(order=self._num_arrived, request=request)
-        self._num_arrived += 1
+        sequence = Sequence(order=self.num_arrived, request=request)
+        self.num_arrived += 1
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
         return sequence
 
-    def overdue(self, now_s: float) -> list[Sequence]:
-        """The sequences whose deadline has passed, by rank."""
-        live = [*self.running, *self.waiting]
-        return [
-            sequence
-            for sequence in live
-            if sequence.request.deadline_s is not None and sequence.request.deadline_s <= now_s
-        ]
+    def overdue(self, now_s: float, pace: Pace | None = None) -> list[Sequence]:
+        """The sequences to end: their deadline has passed or, while they wait, can't be met.
+
+        It can't where even the best pace would give them no token until then.
+        """
+        found: list[Sequence] = []
+        for sequence in (*self.running, *self.waiting):
+            deadline_s = sequence.request.deadline_s
+            if deadline_s is None:
+                continue
+            is_late = deadline_s <= now_s
+            if not is_late and pace is not None and any(pace) and sequence.slot is None:
+                is_late = now_s + self._wait_s(sequence, pace) > deadline_s
+            if is_late:
+                found.append(sequence)
+        return found
 
     def plan(self) -> Plan:
         """Decides the next step: every decode, then prefill work up to the bound.
 
-        The first in line gets what it needs; where pages run out, the last in line is preempted.
+        The first in line gets what it needs; where pages run out, one of those behind gives way.
         """
-        draft = _Draft(self)
+        draft = Draft(
+            self.config,
+            self.pool,
+            self.slots,
+            cached_pages=self.cached_pages,
+            prefill_debt=self.prefill_debt,
+        )
         for sequence in self.running:
-            if not sequence.is_prefilling and self.can_extend(sequence, sequence.num_outputs):
+            if not sequence.is_prefilling:
                 draft.decode(sequence)
         for sequence in self.running:
-            if sequence.is_prefilling:
+            if sequence.is_prefilling and not draft.must_pause(sequence):
                 draft.prefill(sequence, start=sequence.num_stored)
         for sequence in self.waiting:
             if not draft.admit(sequence):
@@ -91,6 +108,7 @@ class Scheduler:
         for sequence in plan.decodes:
             sequence.num_stored += 1
             sequence.num_pending += 1
+        self.prefill_debt = self._debt_after(plan)
 
     def retire(self, plan: Plan, tokens: Items[int]) -> None:
         """The step has returned with these tokens: what it wrote may be shared from now on.
@@ -138,7 +156,6 @@ class Scheduler:
     def restart(self) -> None:
         """Sends every running sequence back to the line: what was under way is lost."""
         for sequence in self.running:
-            sequence.num_pending = 0
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
@@ -160,11 +177,12 @@ class Scheduler:
             assert sequence.num_stored <= held, f"{sequence.num_stored} tokens in {held} places"
             assert sequence.num_written <= sequence.num_stored
 
-    def can_extend(self, sequence: Sequence, num_outputs: int) -> bool:
-        """Whether the sequence may get one more token after `num_outputs`."""
-        limit = sequence.request.sampling.max_tokens
-        room = self.config.max_seq_len - len(sequence.request.prompt)
-        return num_outputs < (room if limit is None else min(limit, room))
+    def _debt_after(self, plan: Plan) -> int:
+        paid_back = self.config.prefill_per_decode
+        if not (plan.decodes and paid_back):
+            return 0
+        unfinished = sum(chunk.size for chunk in plan.chunks if not chunk.is_last)
+        return max(0, self.prefill_debt - paid_back) + unfinished
 
     def _end_of(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.request.sampling
@@ -178,6 +196,37 @@ class Scheduler:
         if len(sequence.tokens) >= self.config.max_seq_len:
             return FinishReason.CONTEXT
         return None
+
+    def _wait_s(self, sequence: Sequence, pace: Pace) -> float:
+        """The least time until a waiting sequence's next token, whatever happens until then.
+
+        What nobody has stored yet has to be prefilled by somebody.
+        """
+        if sequence.num_pending:
+            return 0.0
+        num_left = max(1, len(sequence.tokens) - self._num_shareable(sequence))
+        most = max(self.config.max_prefill_tokens, self.config.prefill_chunks[-1])
+        return max(num_left * pace.prefill_token_s, -(-num_left // most) * pace.step_s)
+
+    def _num_shareable(self, sequence: Sequence) -> int:
+        """At most so many of its tokens are known, or stored by others who may share them."""
+        if not (self.config.cache.prefix and sequence.request.use_prefix_cache):
+            return 0
+        size, digests = self.config.cache.page_size, self._digests(sequence)
+        stored, most_begun = set[bytes](), 0
+        for other in self.running:
+            wrote, num_full = other.request, other.num_stored // size
+            if not wrote.use_prefix_cache or wrote.salt != sequence.request.salt:
+                continue
+            theirs = self._digests(other)
+            stored.update(theirs[:num_full])
+            if num_full < len(digests) and theirs[:num_full] == digests[:num_full]:
+                begun = slice(num_full * size, other.num_stored)
+                pairs = zip(sequence.tokens[begun], other.tokens[begun], strict=False)
+                is_same = all(mine == their for mine, their in pairs)
+                most_begun = max(most_begun, is_same * (other.num_stored - num_full * size))
+        known = sum(digest in stored or self.prefix.knows(digest) for digest in digests)
+        return known * size + most_begun
 
     def cached_pages(self, sequence: Sequence) -> tuple[int, ...]:
         """The known pages that the sequence can begin with; its last token is always stored anew.
@@ -217,7 +266,14 @@ class Scheduler:
         digests = self._digests(sequence)
         for place in range(sequence.num_published, num_full):
             tokens = sequence.tokens[place * size : (place + 1) * size]
-            self.prefix.publish(sequence.pages[place], tokens, digests[place])
+            parent = digests[place - 1] if place else b""
+            self.prefix.publish(
+                sequence.pages[place],
+                tokens,
+                digests[place],
+                parent=parent,
+                salt=sequence.request.salt,
+            )
         sequence.num_published = num_full
 
     def _digests(self, sequence: Sequence) -> list[bytes]:
@@ -241,129 +297,3 @@ class Scheduler:
         if sequence.slot is not None:
             self.slots[sequence.slot] = None
             sequence.slot = None
-
-
-class _Draft:
-    """A plan in the making: what it would leave free, without touching the scheduler."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._config = scheduler.config
-        self._running = scheduler.running
-        self._free_pages = scheduler.pool.num_available
-        self._revived: list[int] = []  # idle pages that an admission takes over
-        self._free_slots = [slot for slot, held in enumerate(scheduler.slots) if held is None]
-        self._prefill_budget = scheduler.config.max_prefill_tokens
-        self._preempt: list[Sequence] = []
-        self._admit: list[Admission] = []
-        self._chunks: list[Chunk] = []
-        self._decodes: list[Sequence] = []
-        self._num_pages: dict[int, int] = {}
-
-    def decode(self, sequence: Sequence) -> None:
-        """One more token for a sequence, if the pages for it can be had."""
-        if sequence not in self._preempt and self._hold(sequence, sequence.total_len):
-            self._decodes.append(sequence)
-
-    def prefill(self, sequence: Sequence, *, start: int) -> None:
-        """The next chunks of a sequence that holds a slot, as far as the bound allows."""
-        while start < len(sequence.tokens) and sequence not in self._preempt:
-            chunk = self._chunk(sequence, start)
-            if not self._has_budget(chunk.size) or not self._hold(sequence, start + chunk.length):
-                return
-            self._prefill_budget -= chunk.size
-            self._chunks.append(chunk)
-            start += chunk.length
-        if start == len(sequence.tokens):
-            self._decode_at_once(sequence)
-
-    def admit(self, sequence: Sequence) -> bool:
-        """A slot for the first in line, if its tokens fit beside all others; else nobody's turn."""
-        if self._preempt or sequence.num_pending or not self._free_slots:
-            return False
-        shared = self._scheduler.cached_pages(sequence)
-        start = len(shared) * self._config.cache.page_size
-        is_idle = self._scheduler.pool.is_idle
-        revived = [page for page in shared if is_idle(page) and page not in self._revived]
-        needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)
-        if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start).size):
-            return False
-        self._admit.append(Admission(sequence, self._free_slots.pop(0), shared))
-        self._running.append(sequence)
-        self._revived += revived
-        self._free_pages -= len(revived)
-        self._num_pages[sequence.order] = len(shared)
-        self.prefill(sequence, start=start)
-        return True
-
-    def finished(self) -> Plan:
-        """The plan."""
-        return Plan(
-            preempt=tuple(self._preempt),
-            admit=tuple(self._admit),
-            chunks=tuple(self._chunks),
-            decodes=tuple(self._decodes),
-            num_pages=self._num_pages,
-            stored=self._stored(),
-        )
-
-    def _stored(self) -> tuple[Stored, ...]:
-        ends = {chunk.sequence.order: chunk.start + chunk.length for chunk in self._chunks}
-        touched = {chunk.sequence.order: chunk.sequence for chunk in self._chunks}
-        for sequence in self._decodes:
-            touched[sequence.order] = sequence
-            ends[sequence.order] = ends.get(sequence.order, sequence.num_stored) + 1
-        return tuple(
-            Stored(sequence, ends[order], sequence.num_preemptions)
-            for order, sequence in touched.items()
-        )
-
-    def _decode_at_once(self, sequence: Sequence) -> None:
-        """The token sampled by a last chunk goes into the decode of the same step, if it fits."""
-        outputs = sequence.num_outputs + 1
-        total_len = len(sequence.tokens) + 1
-        grown = self._pages_for(total_len) - self._pages_held(sequence)
-        if self._scheduler.can_extend(sequence, outputs) and grown <= self._free_pages:
-            self._hold(sequence, total_len)
-            self._decodes.append(sequence)
-
-    def _chunk(self, sequence: Sequence, start: int) -> Chunk:
-        """The chunk at `start`: its edges depend on the sequence's tokens alone."""
-        left = len(sequence.tokens) - start
-        sizes = self._config.prefill_chunks
-        size = next((size for size in sizes if size >= left), sizes[-1])
-        return Chunk(sequence, start, min(left, size), size, left <= size)
-
-    def _has_budget(self, size: int) -> bool:
-        return not self._chunks or size <= self._prefill_budget
-
-    def _hold(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Books pages for that many tokens, preempting from the end of the line as needed."""
-        wanted = self._pages_for(num_tokens)
-        while wanted - self._pages_held(sequence) > self._free_pages:
-            later = [one for one in self._running if one.rank > sequence.rank]
-            victims = [one for one in later if one not in self._preempt and self._can_lose(one)]
-            if not victims:
-                return False
-            self._drop(max(victims, key=lambda one: one.rank))
-        if wanted > self._pages_held(sequence):
-            self._free_pages -= wanted - self._pages_held(sequence)
-            self._num_pages[sequence.order] = wanted
-        return True
-
-    def _can_lose(self, sequence: Sequence) -> bool:
-        return sequence.slot is not None and bool(sequence.pages)
-
-    def _drop(self, victim: Sequence) -> None:
-        self._preempt.append(victim)
-        own = [page for page in victim.pages if self._scheduler.pool.num_owners(page) == 1]
-        self._free_pages += self._pages_held(victim) - len(victim.pages) + len(own)
-        self._num_pages.pop(victim.order, None)
-        self._chunks = [chunk for chunk in self._chunks if chunk.sequence is not victim]
-        self._decodes = [sequence for sequence in self._decodes if sequence is not victim]
-
-    def _pages_held(self, sequence: Sequence) -> int:
-        return self._num_pages.get(sequence.order, len(sequence.pages))
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.cache.page_size)

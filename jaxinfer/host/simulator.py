@@ -95,12 +95,13 @@ class Simulation(World):
 
     def _step(self) -> None:
         """Engine.step: what is overdue ends, then one turn of the loop, which may fail."""
-        for sequence in self.scheduler.overdue(self.now_s):
+        for sequence in self.scheduler.overdue(self.now_s, self.pace):
+            invariants.check_hopeless(self, sequence)
             self.end(self.indices[sequence.order], FinishReason.DEADLINE)
         invariants.check_deadlines(self)
-        self._before = invariants.Before(self)
+        self._before, self.last_plan = invariants.Before(self), None
         try:
-            self.loop.step()
+            self.loop.step(drain=self._event.kind == "drain")
         except DeviceFailed:
             self.num_failures += 1
             self.num_forgotten += 1
@@ -108,7 +109,14 @@ class Simulation(World):
             self.device.empty(range(self.config.num_pages))
             self.returned = list(self.device.cells)
             self.loop.restart()
+        self._let_time_pass()
         self._before = None
+
+    def _let_time_pass(self) -> None:
+        """A step takes as long as the scenario's pace says."""
+        if self.last_plan is not None and not self.last_plan.is_empty:
+            num_tokens = sum(chunk.length for chunk in self.last_plan.chunks)
+            self.now_s += max(self.pace.step_s, num_tokens * self.pace.prefill_token_s)
 
     def _planned(self, plan: Plan) -> None:
         assert self._before is not None
@@ -136,7 +144,7 @@ class Simulation(World):
             else plain_rows(plan, eos=self.eos)
         )
         tokens: list[int] = []
-        written: list[tuple[int, int | None]] = []
+        written: list[tuple[int, int]] = []
         broken = self.live.get(self._event.request) if self._event.kind == "nan" else None
         for sequence, row in rows:
             self._check_row(sequence, row)
@@ -152,7 +160,7 @@ class Simulation(World):
         self._interrupt("dispatched")
         return UnderWay(tuple(tokens), tuple(written), self.num_events)
 
-    def _book_writes(self, sequence: Sequence, row: Row) -> list[tuple[int, int | None]]:
+    def _book_writes(self, sequence: Sequence, row: Row) -> list[tuple[int, int]]:
         size, cells = self.device.page_size, self.device.cells
         places = self.device.places(row)
         for position, place in enumerate(places, row.start):

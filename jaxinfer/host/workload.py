@@ -7,11 +7,14 @@ e2e    last token - request sent
 goodput   requests a second that meet every bound; those refused meet none
 """
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from jaxinfer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,48 @@ class Workload:
 
     arrivals: tuple[Arrival, ...]
     concurrency: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkloadSpec:
+    """A workload in a few numbers: drawn anew, it is the same. A rate, or else a concurrency."""
+
+    num_requests: int = 64
+    concurrency: int | None = None
+    rate_per_s: float | None = None
+    num_prompt_tokens: tuple[int, int] = (20, 60)
+    num_output_tokens: tuple[int, int] = (16, 48)
+    num_shared_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.rate_per_s is None) == (self.concurrency is None):
+            raise ConfigError("a workload needs a rate or a concurrency, and not both")
+        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
+            raise ConfigError(f"the rate is {self.rate_per_s}; it must be above 0 and finite")
+        for name in ("num_requests", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} of the workload is {value}; it must be at least 1")
+        for name in ("num_prompt_tokens", "num_output_tokens"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ConfigError(
+                    f"{name} of the workload is {low}-{high}; it must ascend from at least 1"
+                )
+        if not 0 <= self.num_shared_tokens < self.num_prompt_tokens[0]:
+            raise ConfigError(
+                f"{self.num_shared_tokens} shared tokens leave none of their own to prompts of "
+                f"{self.num_prompt_tokens[0]}; give fewer, or longer prompts"
+            )
+
+
+NAMED = {
+    "short": WorkloadSpec(24, 8),
+    "mixed": WorkloadSpec(24, None, 1.0, (10, 500), (8, 64)),
+    "shared": WorkloadSpec(12, 4, None, (800, 1000), (16, 32), 768),
+}
+"""Short requests in a closed loop, all lengths in an open one, long prompts that begin alike."""
 
 
 @dataclass(frozen=True)
@@ -103,43 +148,24 @@ class Prediction:
     peak_pages: int = 0
 
 
-def open_loop(
-    num_requests: int,
-    *,
-    rate_per_s: float,
-    num_prompt_tokens: tuple[int, int],
-    num_output_tokens: tuple[int, int],
-    num_shared_tokens: int = 0,
-    seed: int = 0,
-) -> Workload:
-    """Poisson arrivals; lengths are drawn evenly from their bounds, both included."""
-    rng, at_s = random.Random(seed), 0.0
+def draw(spec: WorkloadSpec) -> Workload:
+    """The requests of a spec."""
+    rng = random.Random(spec.seed)
+    lengths = [
+        (rng.randint(*spec.num_prompt_tokens), rng.randint(*spec.num_output_tokens))
+        for _ in range(spec.num_requests)
+    ]
+    return replay(lengths, spec)
+
+
+def replay(lengths: Iterable[tuple[int, int]], spec: WorkloadSpec) -> Workload:
+    """Requests of these prompt and output lengths, at the spec's rate or concurrency."""
+    rng, at_s = random.Random(f"arrivals {spec.seed}"), 0.0
     arrivals: list[Arrival] = []
-    for _ in range(num_requests):
-        prompt, output = rng.randint(*num_prompt_tokens), rng.randint(*num_output_tokens)
-        arrivals.append(Arrival(at_s, prompt, output, num_shared_tokens))
-        at_s += rng.expovariate(rate_per_s)
-    return Workload(tuple(arrivals))
-
-
-def closed_loop(
-    num_requests: int,
-    *,
-    concurrency: int,
-    num_prompt_tokens: tuple[int, int],
-    num_output_tokens: tuple[int, int],
-    num_shared_tokens: int = 0,
-    seed: int = 0,
-) -> Workload:
-    """That many streams, each sending its next request when its last one has ended."""
-    rng = random.Random(seed)
-    arrivals = tuple(
-        Arrival(
-            0.0, rng.randint(*num_prompt_tokens), rng.randint(*num_output_tokens), num_shared_tokens
-        )
-        for _ in range(num_requests)
-    )
-    return Workload(arrivals, concurrency)
+    for prompt, output in lengths:
+        arrivals.append(Arrival(at_s, prompt, output, min(spec.num_shared_tokens, prompt)))
+        at_s += 0.0 if spec.rate_per_s is None else rng.expovariate(spec.rate_per_s)
+    return Workload(tuple(arrivals), spec.concurrency)
 
 
 def summarise(

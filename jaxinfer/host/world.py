@@ -1,14 +1,16 @@
 """The whole state of a simulation: what can be saved, restored, compared and checked."""
 
 import dataclasses
+import zlib
 from collections import deque
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from jaxinfer.host.batch import SlotTable
-from jaxinfer.host.fake_device import FakeDevice, Solo, solo
+from jaxinfer.host.fake_device import EMPTY, FakeDevice, Solo, solo
 from jaxinfer.host.loop import Loop
+from jaxinfer.host.pace import Pace
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.scenario import Scenario
@@ -25,7 +27,7 @@ class UnderWay(NamedTuple):
     """What is known of a dispatched step when it returns."""
 
     tokens: tuple[int, ...]
-    written: tuple[tuple[int, int | None], ...]  # cell, contents
+    written: tuple[tuple[int, int], ...]  # cell, contents
     event: int  # that dispatched it
 
 
@@ -42,6 +44,7 @@ class World:
         self.eos = frozenset(scenario.eos)
         self.scheduler = Scheduler(config, eos_token_ids=scenario.eos)
         self.device = FakeDevice(config, key=scenario.key)
+        self.pace = Pace(*scenario.pace)
         self.now_s = 0.0
         self.num_events: int = 0
         self.num_failures = 0
@@ -51,13 +54,14 @@ class World:
         self.emitted: dict[int, int] = {}  # order -> tokens that its client got
         self.ended: dict[int, FinishReason] = {}  # order -> why
         self.preempted: dict[int, int] = {}  # order -> how often a plan took its slot
-        self.returned: list[int | None] = list(self.device.cells)  # written by returned steps
+        self.returned: list[int] = list(self.device.cells)  # written by returned steps
         self.writers: list[int] = [-1] * config.num_pages  # order of the last to write each page
         self.depths: list[int] = [0] * config.num_pages  # each page's place in its writer's table
         self.handed_out: list[int] = [0] * config.num_pages  # number of the event that emptied it
         self.tables: dict[int, tuple[int, ...]] = {}  # order -> pages when its last step returned
         self.num_forgotten = 0  # events that may make pages unknown before they are evicted
         self.idle_since: dict[int, int] = {}  # page -> number of the event after which it was idle
+        self.hopeless: dict[int, int] = {}  # orders that ended early -> how often preempted
         self.struck: dict[int, None] = {}  # orders whose rows were once not finite
         self.last_plan: Plan | None = None
         self.is_logged = is_logged
@@ -99,9 +103,9 @@ class World:
         for page in pages:
             self.idle_since.pop(page, None)
             self.handed_out[page] = self.num_events
-            self.returned[page * size : (page + 1) * size] = [None] * size
+            self.returned[page * size : (page + 1) * size] = [EMPTY] * size
 
-    def landed(self, step: UnderWay) -> tuple[tuple[int, int | None], ...]:
+    def landed(self, step: UnderWay) -> tuple[tuple[int, int], ...]:
         """What a step has written to pages that have had no new owner since."""
         size, handed_out = self.device.page_size, self.handed_out
         return tuple(
@@ -131,7 +135,10 @@ class World:
                 setattr(sequence, name, value.copy() if type(value) is list else value)
 
     def fingerprint(self) -> int:
-        """A hash of all that the future depends on: equal for states that can't be told apart."""
+        """A hash of all that the future depends on: equal for states that can't be told apart.
+
+        Only of numbers: Python's hash of a string or of None is another one in every process.
+        """
         scheduler = self.scheduler
         return hash(
             (
@@ -139,6 +146,7 @@ class World:
                 tuple(self.indices),
                 tuple((page, self._salt_of(page)) for page in sorted(scheduler.prefix.pages)),
                 tuple(scheduler.pool.idle),
+                scheduler.prefill_debt,
                 tuple(
                     (
                         tuple(one.order for one in plan.sampled),
@@ -159,8 +167,8 @@ class World:
             )
         )
 
-    def _salt_of(self, page: int) -> str:
-        return self.sequences[self.writers[page]].request.salt
+    def _salt_of(self, page: int) -> int:
+        return zlib.crc32(self.sequences[self.writers[page]].request.salt.encode())
 
     def _fingerprint(self, sequence: Sequence) -> tuple[Any, ...]:
         if sequence.finish_reason is not None:
@@ -168,7 +176,7 @@ class World:
         return (
             len(sequence.tokens),
             tuple(sequence.pages),
-            sequence.slot,
+            -1 if sequence.slot is None else sequence.slot,
             sequence.num_stored,
             sequence.num_to_prefill,
             sequence.num_written,

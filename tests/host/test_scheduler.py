@@ -160,7 +160,7 @@ def test_a_collision_of_digests_finds_nothing():
     scheduler = Scheduler(PREFIX)
     prefix, pages = scheduler.prefix, scheduler.pool.take(1)
     digests = prefix.digests([1, 2, 3, 4], salt="")
-    prefix.publish(pages[0], (1, 2, 3, 4), digests[0])
+    prefix.publish(pages[0], (1, 2, 3, 4), digests[0], parent=b"", salt="")
     assert prefix.match([1, 2, 3, 4], digests) == pages
     assert prefix.match([1, 2, 3, 5], digests) == []
 

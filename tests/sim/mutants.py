@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import NamedTuple
 
-from jaxinfer.host import batch, loop, pages, plan, prefix, scheduler
+from jaxinfer.host import batch, draft, loop, pages, plan, prefix, scheduler
 
 
 class Mutant(NamedTuple):
@@ -120,19 +120,19 @@ MUTANTS = [
     Mutant(
         "digests of the wrong tokens",
         prefix,
-        "tokens[start : start + size], np.int32",
-        "tokens[start : start + size - 1], np.int32",
+        "_digest(parent, tokens[start : start + size])",
+        "_digest(parent, tokens[start : start + size - 1])",
     ),
     # scheduler: pages and tables
     Mutant(
         "a page too few",
-        scheduler,
+        draft,
         "return -(-num_tokens // self._config.cache.page_size)",
         "return num_tokens // self._config.cache.page_size",
     ),
     Mutant(
         "a page too many for each",
-        scheduler,
+        draft,
         "return -(-num_tokens // self._config.cache.page_size)",
         "return num_tokens // self._config.cache.page_size + 1",
     ),
@@ -192,10 +192,8 @@ MUTANTS = [
         "            if is_held and sequence.num_preemptions == num_preemptions and",
         "            if sequence.slot == sequence.slot and",
     ),
-    Mutant(
-        "revived pages count as free", scheduler, "        self._free_pages -= len(revived)\n", ""
-    ),
-    Mutant("revived pages are counted twice", scheduler, " and page not in self._revived]", "]"),
+    Mutant("revived pages count as free", draft, "        self._free_pages -= len(revived)\n", ""),
+    Mutant("revived pages are counted twice", draft, " and page not in self._revived]", "]"),
     Mutant(
         "a preempted one keeps its pages",
         scheduler,
@@ -247,7 +245,7 @@ MUTANTS = [
     ),
     Mutant(
         "a decode past the limit",
-        scheduler,
+        draft,
         "return num_outputs < (room",
         "return num_outputs <= (room",
     ),
@@ -258,9 +256,9 @@ MUTANTS = [
     Mutant(
         "the line is by arrival alone",
         scheduler,
-        "        self._num_arrived += 1\n        bisect.insort(self.waiting, "
+        "        self.num_arrived += 1\n        bisect.insort(self.waiting, "
         "sequence, key=lambda waiting: waiting.rank)\n",
-        "        self._num_arrived += 1\n        self.waiting.append(sequence)\n",
+        "        self.num_arrived += 1\n        self.waiting.append(sequence)\n",
     ),
     Mutant(
         "a victim goes to the end of the line",
@@ -269,38 +267,60 @@ MUTANTS = [
         "bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)\n",
         "        self.num_preemptions += 1\n        self.waiting.append(sequence)\n",
     ),
+    Mutant(
+        "a deadline that can be met is given up",
+        scheduler,
+        "now_s + self._wait_s(sequence, pace) > deadline_s",
+        "now_s + 2 * self._wait_s(sequence, pace) > deadline_s",
+    ),
+    Mutant(
+        "one that holds a slot is given up",
+        scheduler,
+        "any(pace) and sequence.slot is None:",
+        "any(pace):",
+    ),
+    Mutant(
+        "what others have stored is to be prefilled",
+        scheduler,
+        "            stored.update(theirs[:num_full])\n",
+        "",
+    ),
     Mutant("a deadline is passed over", scheduler, "deadline_s <= now_s", "deadline_s < now_s - 2"),
     # scheduler: policy
     Mutant(
         "the budget is ignored",
-        scheduler,
+        draft,
         "return not self._chunks or size <= self._prefill_budget",
         "return True",
     ),
     Mutant(
         "the budget is never spent",
-        scheduler,
+        draft,
         "            self._prefill_budget -= chunk.size\n",
         "",
     ),
     Mutant(
         "decodes starve beside prefill",
         scheduler,
-        "            if not sequence.is_prefilling and self.can_extend(",
-        "            if not any(one.is_prefilling for one in self.running) and self.can_extend(",
+        "            if not sequence.is_prefilling:\n",
+        "            if not any(one.is_prefilling for one in self.running):\n",
     ),
     Mutant(
         "the first in line is preempted",
-        scheduler,
-        "self._drop(max(victims, key=lambda one: one.rank))",
+        draft,
+        "self._drop(self._victim(victims, num_missing))",
         "self._drop(min(self._running, key=lambda one: one.rank))",
     ),
     Mutant(
-        "nobody is preempted", scheduler, "            if not victims:\n", "            if True:\n"
+        "priorities give way alike",
+        draft,
+        "        victims = [one for one in victims if one.request.priority == lowest]\n",
+        "",
     ),
+    Mutant("nobody is preempted", draft, "            if not victims:\n", "            if True:\n"),
     Mutant(
         "a victim still decodes",
-        scheduler,
+        draft,
         "        self._decodes = [sequence for sequence in self._decodes if "
         "sequence is not victim]\n",
         "",
@@ -311,10 +331,10 @@ MUTANTS = [
         "            if not draft.admit(sequence):\n                break\n",
         "            draft.admit(sequence)\n",
     ),
-    Mutant("a slot is given twice", scheduler, "self._free_slots.pop(0)", "self._free_slots[0]"),
+    Mutant("a slot is given twice", draft, "self._free_slots.pop(0)", "self._free_slots[0]"),
     Mutant(
         "plan writes",
-        scheduler,
+        draft,
         "        self._revived += revived\n",
         "        self._revived += revived\n        sequence.num_to_prefill += 1\n",
     ),

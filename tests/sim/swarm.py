@@ -22,6 +22,7 @@ def random_scenario(seed: int) -> Scenario:
         eos=(EOS,) if rng.random() < 0.5 else (),
         key=rng.randrange(1000),
         is_packed=rng.random() < 0.2,
+        pace=rng.choice([(0.0, 0.0), (0.05, 0.5), (0.2, 0.1)]) if has["time"] else (0.0, 0.0),
     )
 
 
@@ -34,6 +35,7 @@ def _config(rng: random.Random) -> EngineConfig:
         max_seq_len=max_seq_len,
         prefill_chunks=rng.choice([(8,), (8, 16)]),
         max_prefill_tokens=rng.choice([1, 8, 16, 64]),
+        prefill_per_decode=rng.choice([0, 1, 3, 32]),
         attention_block=8,
         overlap=rng.random() < 0.7,
         cache=CacheConfig(

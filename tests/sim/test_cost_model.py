@@ -1,12 +1,22 @@
 """Step times are fitted, and workloads predicted from them."""
 
+import dataclasses
 import random
 
 import pytest
 
 from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.host.cost_model import CostModel, Recorder, StepRecord, Work, fit, simulate
+from jaxinfer.host.cost_model import (
+    CostModel,
+    Recorder,
+    StepRecord,
+    Work,
+    fit,
+    from_json,
+    simulate,
+    to_json,
+)
 from jaxinfer.host.loop import Loop
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 from jaxinfer.host.scheduler import Scheduler
@@ -15,8 +25,9 @@ from jaxinfer.host.workload import (
     Arrival,
     Timeline,
     Workload,
-    closed_loop,
-    open_loop,
+    WorkloadSpec,
+    draw,
+    replay,
     summarise,
 )
 
@@ -25,6 +36,7 @@ CONFIG = EngineConfig(
     max_seq_len=256,
     prefill_chunks=(16, 64),
     max_prefill_tokens=64,
+    prefill_per_decode=0,
     attention_block=16,
     cache=CacheConfig(page_size=16),
 )
@@ -85,18 +97,12 @@ def test_host_and_edge_are_part_of_what_clients_see():
 
 
 def test_shared_prefixes_and_more_slots_help():
-    shared = closed_loop(
-        12,
-        concurrency=4,
-        num_prompt_tokens=(200, 210),
-        num_output_tokens=(9, 9),
-        num_shared_tokens=192,
-    )
+    shared = draw(WorkloadSpec(12, 4, None, (200, 210), (9, 9), num_shared_tokens=192))
     alone = Workload(tuple(Arrival(0.0, one.num_prompt_tokens, 9) for one in shared.arrivals), 4)
     with_hits, without = (simulate(one, CONFIG, COST) for one in (shared, alone))
     assert with_hits.hit_rate > 0.5 and without.hit_rate == 0
     assert with_hits.ttft_s.mean < without.ttft_s.mean
-    serial = closed_loop(12, concurrency=1, num_prompt_tokens=(9, 9), num_output_tokens=(20, 20))
+    serial = draw(WorkloadSpec(12, 1, None, (9, 9), (20, 20)))
     many = Workload(serial.arrivals, 4)
     one, four = (simulate(load, CONFIG, COST).output_tokens_per_s for load in (serial, many))
     assert 2 < four / one < 4
@@ -104,17 +110,17 @@ def test_shared_prefixes_and_more_slots_help():
 
 def test_goodput_falls_with_the_rate_and_refusals_count():
     slo = SLO(ttft_s=0.3, tpot_s=0.05)
-    lengths = {"num_prompt_tokens": (20, 120), "num_output_tokens": (10, 40)}
-    calm = simulate(open_loop(60, rate_per_s=1.0, **lengths), CONFIG, COST, slo=slo)
+    spec = WorkloadSpec(60, None, 1.0, (20, 120), (10, 40))
+    calm = simulate(draw(spec), CONFIG, COST, slo=slo)
     assert calm.goodput_per_s == pytest.approx(calm.requests_per_s)
-    crowd = simulate(open_loop(60, rate_per_s=50.0, **lengths), CONFIG, COST, slo=slo)
+    crowd = simulate(draw(dataclasses.replace(spec, rate_per_s=50.0)), CONFIG, COST, slo=slo)
     assert crowd.goodput_per_s < 0.5 * crowd.requests_per_s
     assert crowd.ttft_s.p50 <= crowd.ttft_s.p90 <= crowd.ttft_s.p99
     assert simulate(Workload((Arrival(0.0, 999, 2),)), CONFIG, COST).num_refused == 1
 
 
 def test_a_prediction_is_the_same_every_time():
-    load = open_loop(40, rate_per_s=9.0, num_prompt_tokens=(5, 99), num_output_tokens=(1, 30))
+    load = draw(WorkloadSpec(40, None, 9.0, (5, 99), (1, 30)))
     assert simulate(load, CONFIG, COST) == simulate(load, CONFIG, COST)
 
 
@@ -147,3 +153,45 @@ def test_a_recorder_counts_from_dispatch_or_from_the_step_before():
     first, second = recorder.records
     assert first == (Work(1, 64, 64 * 48, 8 * 48, 8), 4.0)
     assert second == (Work(0, 0, 0, 8 * 48, 8), 1.5)
+
+
+def test_a_cost_model_survives_its_file_and_others_are_refused():
+    assert from_json(to_json(COST)) == COST
+    for text in ("", "[]", "{}", to_json(COST).replace("row_s", "rows"), '{"step_s": "x"}'):
+        with pytest.raises(ConfigError, match="cost model"):
+            from_json(text)
+    assert from_json(to_json(CostModel(0.0, row_s=1.0))).row_s == 1.0
+    for bad in (CostModel(0.0, host_s=1.0), dataclasses.replace(COST, row_s=-1.0)):
+        with pytest.raises(ConfigError, match="finite and at least 0"):
+            from_json(to_json(bad))
+
+
+def test_a_workload_is_drawn_within_its_bounds_and_the_same_every_time():
+    spec = WorkloadSpec(50, None, 5.0, (30, 60), (2, 9), num_shared_tokens=16, seed=3)
+    load = draw(spec)
+    assert load == draw(spec) != draw(dataclasses.replace(spec, seed=4))
+    assert load.concurrency is None and len(load.arrivals) == 50
+    assert all(30 <= one.num_prompt_tokens <= 60 for one in load.arrivals)
+    assert all(2 <= one.num_output_tokens <= 9 for one in load.arrivals)
+    times = [one.at_s for one in load.arrivals]
+    assert times == sorted(times) and 5 < times[-1] < 20
+    given = replay([(5, 1), (40, 2)], dataclasses.replace(spec, rate_per_s=None, concurrency=2))
+    assert given.concurrency == 2
+    assert [one.num_shared_tokens for one in given.arrivals] == [5, 16]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rate_per_s": 1.0}, "a rate or a concurrency, and not both"),
+        ({"concurrency": None}, "a rate or a concurrency"),
+        ({"concurrency": None, "rate_per_s": float("nan")}, "the rate is nan"),
+        ({"concurrency": 0}, "concurrency of the workload is 0"),
+        ({"num_requests": 0}, "num_requests of the workload is 0"),
+        ({"num_prompt_tokens": (9, 8)}, "num_prompt_tokens of the workload is 9-8"),
+        ({"num_shared_tokens": 20}, "20 shared tokens leave none"),
+    ],
+)
+def test_a_workload_that_makes_no_sense_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(WorkloadSpec(4, 2), **changes)

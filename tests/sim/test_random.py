@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,22 @@ def test_a_scenario_runs_the_same_way_in_every_process(workers):
     for seed in range(20):
         simulation = run(random_scenario(seed))
         assert simulation.log_hash == workers.submit(work.log_hash, seed).result()
+
+
+def test_nothing_depends_on_the_hash_seed_of_a_process():
+    script = "from tests.sim import work; print(work.trace())"
+    said = set()
+    for seed in ("0", "1", "4294967295"):
+        process = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.add(process.stdout)
+    assert len(said) == 1, said
 
 
 @pytest.mark.parametrize("path", sorted(REGRESSIONS.glob("*.json")), ids=lambda path: path.stem)

@@ -18,7 +18,8 @@ def config(**changes: Any) -> EngineConfig:
         prefix=changes.pop("prefix", True),
     )
     plain = {"num_slots": 3, "max_seq_len": 40, "prefill_chunks": (8,), "attention_block": 8}
-    return EngineConfig(**(plain | {"max_prefill_tokens": 8} | changes), cache=cache)
+    bounds = {"max_prefill_tokens": 8, "prefill_per_decode": 0}
+    return EngineConfig(**(plain | bounds | changes), cache=cache)
 
 
 def request(number: int, prompt: tuple[int, ...], max_tokens: int, **fields: Any) -> Request:
@@ -36,14 +37,12 @@ def small() -> dict[str, Universe]:
     long = request(0, (*_SHARED, *range(20, 27)), 4)
     twin = request(1, (*_SHARED, *range(20, 27)), 4)
     other = request(2, tuple(range(30, 45)), 3)
+    growing = [request(number, (*_SHARED, number), 12) for number in range(3)]
+    short = config(page_size=4, max_seq_len=24, overlap=False)
     return {
         "long": _universe(config(num_pages=5), long, twin, other, num_cancels=1, num_failures=1),
-        "growing": _universe(
-            config(page_size=4, max_seq_len=24, overlap=False),
-            *(request(number, (*_SHARED, number), 12) for number in range(3)),
-            num_cancels=1,
-            num_nans=1,
-        ),
+        "three growing": _universe(short, *growing, num_cancels=1),
+        "two growing, broken": _universe(short, *growing[:2], num_cancels=1, num_nans=2),
     }
 
 
@@ -78,6 +77,7 @@ def large() -> dict[str, Universe]:
         "growing, broken": _universe(short, *growing, num_nans=1),
         "two slots": _universe(config(num_slots=2, num_pages=5), *four, num_cancels=1),
         "no cache": _universe(config(prefix=False), *four, num_cancels=1, num_failures=1),
+        "pauses": _universe(config(prefill_per_decode=3), *four, num_cancels=1, num_failures=1),
         "big chunks": _universe(
             config(prefill_chunks=(8, 16), max_prefill_tokens=32), *four, num_cancels=2
         ),

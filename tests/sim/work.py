@@ -1,14 +1,17 @@
 """What the tests of the simulator give to worker processes."""
 
 import collections
+import dataclasses
+import random
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from jaxinfer.host.scenario import Scenario, shrink
+from jaxinfer.host.draft import Draft
+from jaxinfer.host.scenario import STEP, Event, Scenario, shrink
 from jaxinfer.host.simulator import Simulation, run
-from tests.sim import universes
+from tests.sim import deadlines, preemption, reload, universes
 from tests.sim.explorer import Found, explore
 from tests.sim.mutants import MUTANTS
 from tests.sim.points import bases, check, points
@@ -94,3 +97,50 @@ def run_points(base: int, first: int, step: int) -> dict[str, int]:
         if place % step == first:
             seen[check(point)] += 1
     return dict(seen)
+
+
+def run_reloads(seeds: range) -> tuple[int, int]:
+    """Saves and loads at random points: how many went the same way, and how often it was loaded.
+
+    Without NaN: what a broken chunk has left in a page is not computed again.
+    """
+    same = loads = 0
+    for seed in seeds:
+        scenario, rng = random_scenario(seed), random.Random(seed)
+        events = tuple(event for event in scenario.events if event.kind != "nan")
+        at = set(rng.sample(range(len(events)), k=min(2, len(events))))
+        scenario = dataclasses.replace(scenario, is_packed=False, events=events)
+        kept, loaded = (reload.run(scenario, at=at, is_loaded=one) for one in (False, True))
+        same += kept.log_hash == loaded.log_hash
+        loads += len(at)
+    return same, loads
+
+
+def run_deadlines(seeds: range) -> dict[str, int]:
+    """What came of random deadlines."""
+    return dict(sum(map(deadlines.run, seeds), collections.Counter()))
+
+
+def run_overload(by_work: bool, prefix: bool, at_once: bool) -> preemption.Lost:
+    """What 300 overloads lose, by the work lost or with the last in line as the victim."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not by_work:
+            monkeypatch.setattr(Draft, "_victim", preemption.last_in_line)
+        found = [preemption.run(seed, prefix=prefix, at_once=at_once) for seed in range(300)]
+    return preemption.Lost(
+        num_tokens=sum(one.num_tokens for one in found),
+        num_preemptions=sum(one.num_preemptions for one in found),
+        most_of_one=max(one.most_of_one for one in found),
+    )
+
+
+def trace() -> tuple[object, ...]:
+    """Logs of random scenarios and fingerprints of a small universe: the same in every process."""
+    logs = [log_hash(seed) for seed in range(60)]
+    found = explore_universe("two growing, broken", 1000)
+    world = Simulation(universes.small()["long"].scenario)
+    prints: list[int] = []
+    for event in (Event("submit", 0), STEP, Event("submit", 1), STEP, STEP, STEP):
+        world.apply(event)
+        prints.append(world.fingerprint())
+    return (*logs, found, *prints)

@@ -1,0 +1,195 @@
+"""A plan in the making: who gets pages, who waits, and who has to give way."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.host.pages import PagePool
+from jaxinfer.host.plan import Admission, Chunk, Plan, Stored
+from jaxinfer.host.sequence import Sequence
+
+
+class Draft:
+    """Collects a plan and what it would leave free; only reads what it is given.
+
+    `cached_pages` says which known pages a sequence could begin with, and `prefill_debt` is what
+    decode steps have yet to make up for.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        slots: Items[Sequence | None],
+        *,
+        cached_pages: Callable[[Sequence], tuple[int, ...]],
+        prefill_debt: int,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._cached_pages = cached_pages
+        self._prefill_debt = prefill_debt
+        self._running = [sequence for sequence in slots if sequence is not None]
+        self._free_pages = pool.num_available
+        self._revived: list[int] = []  # idle pages that an admission takes over
+        self._free_slots = [slot for slot, held in enumerate(slots) if held is None]
+        self._prefill_budget = config.max_prefill_tokens
+        self._preempt: list[Sequence] = []
+        self._admit: list[Admission] = []
+        self._chunks: list[Chunk] = []
+        self._decodes: list[Sequence] = []
+        self._num_pages: dict[int, int] = {}
+
+    def decode(self, sequence: Sequence) -> None:
+        """One more token for a sequence, if it may get one and the pages for it can be had."""
+        if sequence in self._preempt or not self._can_extend(sequence, sequence.num_outputs):
+            return
+        if self._hold(sequence, sequence.total_len):
+            self._decodes.append(sequence)
+
+    def must_pause(self, sequence: Sequence) -> bool:
+        """Whether a long prompt, between two chunks, leaves this step to earlier sequences."""
+        if self._prefill_debt <= self._config.prefill_per_decode:
+            return False
+        return any(earlier.rank < sequence.rank for earlier in self._decodes)
+
+    def prefill(self, sequence: Sequence, *, start: int) -> None:
+        """The next chunks of a sequence that holds a slot, as far as the bound allows."""
+        while start < len(sequence.tokens) and sequence not in self._preempt:
+            chunk = self._chunk(sequence, start)
+            if not self._has_budget(chunk.size) or not self._hold(sequence, start + chunk.length):
+                return
+            self._prefill_budget -= chunk.size
+            self._chunks.append(chunk)
+            start += chunk.length
+        if start == len(sequence.tokens):
+            self._decode_at_once(sequence)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """A slot for the first in line, if its tokens fit beside all others; else nobody's turn."""
+        if self._preempt or sequence.num_pending or not self._free_slots:
+            return False
+        shared = self._cached_pages(sequence)
+        start = len(shared) * self._config.cache.page_size
+        is_idle = self._pool.is_idle
+        revived = [page for page in shared if is_idle(page) and page not in self._revived]
+        needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)
+        if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start).size):
+            return False
+        self._admit.append(Admission(sequence, self._free_slots.pop(0), shared))
+        self._running.append(sequence)
+        self._revived += revived
+        self._free_pages -= len(revived)
+        self._num_pages[sequence.order] = len(shared)
+        self.prefill(sequence, start=start)
+        return True
+
+    def finished(self) -> Plan:
+        """The plan."""
+        return Plan(
+            preempt=tuple(self._preempt),
+            admit=tuple(self._admit),
+            chunks=tuple(self._chunks),
+            decodes=tuple(self._decodes),
+            num_pages=self._num_pages,
+            stored=self._stored(),
+        )
+
+    def _stored(self) -> tuple[Stored, ...]:
+        ends = {chunk.sequence.order: chunk.start + chunk.length for chunk in self._chunks}
+        touched = {chunk.sequence.order: chunk.sequence for chunk in self._chunks}
+        for sequence in self._decodes:
+            touched[sequence.order] = sequence
+            ends[sequence.order] = ends.get(sequence.order, sequence.num_stored) + 1
+        return tuple(
+            Stored(sequence, ends[order], sequence.num_preemptions)
+            for order, sequence in touched.items()
+        )
+
+    def _decode_at_once(self, sequence: Sequence) -> None:
+        """The token sampled by a last chunk goes into the decode of the same step, if it fits."""
+        outputs = sequence.num_outputs + 1
+        total_len = len(sequence.tokens) + 1
+        grown = self._pages_for(total_len) - self._pages_held(sequence)
+        if self._can_extend(sequence, outputs) and grown <= self._free_pages:
+            self._hold(sequence, total_len)
+            self._decodes.append(sequence)
+
+    def _can_extend(self, sequence: Sequence, num_outputs: int) -> bool:
+        """Whether the sequence may get one more token after `num_outputs`."""
+        limit = sequence.request.sampling.max_tokens
+        room = self._config.max_seq_len - len(sequence.request.prompt)
+        return num_outputs < (room if limit is None else min(limit, room))
+
+    def _chunk(self, sequence: Sequence, start: int) -> Chunk:
+        """The chunk at `start`: its edges depend on the sequence's tokens alone."""
+        left = len(sequence.tokens) - start
+        sizes = self._config.prefill_chunks
+        size = next((size for size in sizes if size >= left), sizes[-1])
+        return Chunk(sequence, start, min(left, size), size, left <= size)
+
+    def _has_budget(self, size: int) -> bool:
+        return not self._chunks or size <= self._prefill_budget
+
+    def _hold(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Books pages for that many tokens; later ones in line give way as needed."""
+        wanted = self._pages_for(num_tokens)
+        while wanted - self._pages_held(sequence) > self._free_pages:
+            later = [one for one in self._running if one.rank > sequence.rank]
+            victims = [one for one in later if one not in self._preempt and self._can_lose(one)]
+            if not victims:
+                return False
+            num_missing = wanted - self._pages_held(sequence) - self._free_pages
+            self._drop(self._victim(victims, num_missing))
+        if wanted > self._pages_held(sequence):
+            self._free_pages -= wanted - self._pages_held(sequence)
+            self._num_pages[sequence.order] = wanted
+        return True
+
+    def _can_lose(self, sequence: Sequence) -> bool:
+        return sequence.slot is not None and bool(sequence.pages)
+
+    def _victim(self, victims: list[Sequence], num_missing: int) -> Sequence:
+        """Who gives way: of the lowest priority the last in line, or one that loses far less.
+
+        Far less is under a third of the work: who goes out of turn holds up the line later on, and
+        with a half more is lost in the end than with the last in line alone. Who has given way
+        twice does so again only as the last in line.
+        """
+        lowest = max(one.request.priority for one in victims)
+        victims = [one for one in victims if one.request.priority == lowest]
+        last = max(victims, key=lambda one: one.order)
+        others = [one for one in victims if one.num_preemptions < 2]
+        least = min(others, key=lambda one: self._work_lost(one, num_missing), default=last)
+        is_far_less = 3 * self._work_lost(least, num_missing) < self._work_lost(last, num_missing)
+        return least if is_far_less else last
+
+    def _work_lost(self, victim: Sequence, num_missing: int) -> float:
+        """Tokens to store again for each page that is missing and that the victim would free.
+
+        Pages that others hold stay known. Those that nobody else holds are counted as lost, known
+        or not: where pages run out they are evicted before their owner is back.
+        """
+        size = self._config.cache.page_size
+        num_shared = sum(self._pool.num_owners(page) > 1 for page in victim.pages)
+        num_useful = min(self._num_freed(victim), num_missing)
+        if not num_useful:
+            return math.inf
+        return max(0, victim.num_stored - num_shared * size) / num_useful
+
+    def _num_freed(self, victim: Sequence) -> int:
+        own = sum(self._pool.num_owners(page) == 1 for page in victim.pages)
+        return self._pages_held(victim) - len(victim.pages) + own
+
+    def _drop(self, victim: Sequence) -> None:
+        self._preempt.append(victim)
+        self._free_pages += self._num_freed(victim)
+        self._num_pages.pop(victim.order, None)
+        self._decodes = [sequence for sequence in self._decodes if sequence is not victim]
+
+    def _pages_held(self, sequence: Sequence) -> int:
+        return self._num_pages.get(sequence.order, len(sequence.pages))
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.cache.page_size)
