@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.dims import Leaf
@@ -67,6 +67,15 @@ def from_pages(stored: Array) -> Array:
     if stored.dtype == jnp.uint16:
         return lax.bitcast_convert_type(stored, jnp.bfloat16)
     return stored
+
+
+def read_bits(cache: Cache, pages: Int[Array, " W"]) -> UInt[Array, "W L2 K C H"]:
+    """What some pages hold, as whole numbers: keys of every layer, then values."""
+    found = jnp.stack(
+        [pool.at[:, pages].get(mode="promise_in_bounds") for pool in (*cache.k, *cache.v)]
+    )
+    kind = jnp.dtype(f"uint{8 * found.dtype.itemsize}")
+    return jnp.moveaxis(lax.bitcast_convert_type(found, kind), 2, 0)
 
 
 class Places(NamedTuple):

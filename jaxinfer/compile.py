@@ -21,7 +21,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.fingerprint import program_key
 from jaxinfer.inputs import StepOutput, packed_width, unpack
 from jaxinfer.spec import abstract
-from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, Trees, digest
+from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, StoreAhead, Trees, digest
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as long work goes on."""
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 
 ALLOCATE = Shape("allocate", 0, 0)  # makes an empty cache; at the start, and after a failed step
+READ_PAGES = Shape("pages", 0, 0)  # the bits of some pages; for the self-test
+PAGES_READ = 16  # at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class Program(ProgramCost):
 
 
 Programs = dict[Shape, Program]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Shows no progress."""
 
 
 class _Recipe(NamedTuple):
@@ -92,7 +98,7 @@ def build(
     *,
     wanted: Sequence[Shape] | None = None,
     store: Store | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = _silent,
 ) -> Programs:
     """Loads every step from the store, or compiles and keeps it; nothing compiles afterwards."""
     arguments, devices = jax.tree.map(_abstract_leaf, params), _devices(params)
@@ -108,7 +114,51 @@ def build_allocate(
 ) -> Program:
     """The program that makes an empty cache: run() -> Cache."""
     recipe = _allocate_recipe(model, engine, _devices(params))
-    return _obtain([recipe], store, lambda stage, done, total: None)[ALLOCATE]
+    return _obtain([recipe], store, _silent)[ALLOCATE]
+
+
+def build_read_pages(
+    params: Any, model: ModelConfig, engine: EngineConfig, *, store: Store | None = None
+) -> Program:
+    """The program that reads PAGES_READ pages: run(cache, ids) -> bits [pages, 2L, K, C, H]."""
+    recipe = _read_pages_recipe(model, engine, _devices(params))
+    return _obtain([recipe], store, _silent)[READ_PAGES]
+
+
+def rebuild(
+    shape: Shape,
+    params: Any,
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    store: Store | None = None,
+) -> Program:
+    """Compiles one program of a config whatever the store holds, and puts it there instead."""
+    devices = _devices(params)
+    if shape == ALLOCATE:
+        recipe = _allocate_recipe(model, engine, devices)
+    elif shape == READ_PAGES:
+        recipe = _read_pages_recipe(model, engine, devices)
+    else:
+        arguments = jax.tree.map(_abstract_leaf, params)
+        recipe = _step_recipe(shape, arguments, model, engine, devices)
+    started = time.monotonic()
+    lowered = _lower(recipe)
+    return _compile(recipe, lowered, time.monotonic() - started, store)
+
+
+def load_ahead(model: ModelConfig, engine: EngineConfig, store: Store) -> StoreAhead:
+    """Begins to load every program that is stored, so that weights can be read meanwhile.
+
+    Holds for weights of the model's own structure on the first device; others are loaded later.
+    """
+    pool = ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1)))
+    under_way = {
+        digest(one.key): pool.submit(store.load, one.shape.name, one.key, one.trees, one.devices)
+        for one in _every_recipe(model, engine)
+    }
+    pool.shutdown(wait=False)
+    return StoreAhead(store.folder, under_way)
 
 
 def stored_costs(
@@ -119,11 +169,11 @@ def stored_costs(
     Holds for weights of the model's own structure on the first device; what isn't stored is left
     out.
     """
-    arguments = abstract(models.module_of(model).spec(model), engine.compute_dtype)
-    devices = jax.devices()[:1]
-    recipes = [_step_recipe(shape, arguments, model, engine, devices) for shape in shapes(engine)]
-    recipes.append(_allocate_recipe(model, engine, devices))
-    found = {recipe.shape: store.cost(recipe.shape.name, recipe.key) for recipe in recipes}
+    found = {
+        recipe.shape: store.cost(recipe.shape.name, recipe.key)
+        for recipe in _every_recipe(model, engine)
+        if recipe.shape != READ_PAGES
+    }
     return {shape: cost for shape, cost in found.items() if cost is not None}
 
 
@@ -158,6 +208,17 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _every_recipe(model: ModelConfig, engine: EngineConfig) -> list[_Recipe]:
+    """All that an engine on the first device builds, without weights."""
+    arguments = abstract(models.module_of(model).spec(model), engine.compute_dtype)
+    devices = jax.devices()[:1]
+    recipes = [_step_recipe(shape, arguments, model, engine, devices) for shape in shapes(engine)]
+    recipes.append(_allocate_recipe(model, engine, devices))
+    if engine.bits == "exact":
+        recipes.append(_read_pages_recipe(model, engine, devices))
+    return recipes
+
+
 def _step_recipe(
     shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: Devices
 ) -> _Recipe:
@@ -182,6 +243,16 @@ def _allocate_recipe(model: ModelConfig, engine: EngineConfig, devices: Devices)
     key = program_key(ALLOCATE.name, model, engine, arguments=(), devices=devices)
     trees = _trees((), abstract(paged.spec(model, engine), engine.compute_dtype))
     return _Recipe(ALLOCATE, allocate, (), (), trees, key, devices)
+
+
+def _read_pages_recipe(model: ModelConfig, engine: EngineConfig, devices: Devices) -> _Recipe:
+    def read(cache: Cache, ids: Any) -> Any:
+        return paged.read_bits(cache, ids)
+
+    cache = abstract(paged.spec(model, engine), engine.compute_dtype)
+    arguments = (cache, jax.ShapeDtypeStruct((PAGES_READ,), jnp.int32))
+    key = program_key(READ_PAGES.name, model, engine, arguments=arguments, devices=devices)
+    return _Recipe(READ_PAGES, read, arguments, (), _trees(arguments, 0), key, devices)
 
 
 def _trees(arguments: tuple[Any, ...], result: Any) -> Trees:
@@ -217,16 +288,11 @@ def _obtain(recipes: Iterable[_Recipe], store: Store | None, progress: Progress)
 
 def _load_from(store: Store) -> Callable[[_Recipe], Program | None]:
     def load(recipe: _Recipe) -> Program | None:
-        started = time.monotonic()
         loaded = store.load(recipe.shape.name, recipe.key, recipe.trees, recipe.devices)
         if loaded is None:
             return None
-        return Program(
-            **vars(loaded.cost),
-            run=loaded.run,
-            text=loaded.run.as_text,
-            load_s=time.monotonic() - started,
-        )
+        run, cost, seconds = loaded
+        return Program(**vars(cost), run=run, text=run.as_text, load_s=seconds)
 
     return load
 

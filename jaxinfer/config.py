@@ -95,6 +95,9 @@ class EngineConfig:
     """Token counts of the prefill programs, ascending; prompts are cut at the largest."""
     max_prefill_tokens: int = 512
     """Prefill work between two decode steps, in padded tokens (one chunk is always allowed)."""
+    prefill_per_decode: int = 12
+    """The same on average, for prompts of several chunks behind requests that decode: the next
+    chunk waits until so many tokens for each decode step make up for the last one. 0: no wait."""
     max_waiting: int = 256
     """Requests that may wait; one more is refused."""
     compute_dtype: Dtype = "bfloat16"
@@ -105,6 +108,9 @@ class EngineConfig:
     """Plan and dispatch step n+1 while step n runs."""
     strict_compiles: bool = True
     """A program that is compiled in a step ends the engine; otherwise it is counted and logged."""
+    bits: Literal["exact", "fast"] = "exact"
+    """exact: an answer's bits never depend on its neighbours, tested at every start. fast: not
+    promised and not tested, and row and chunk counts below 8 are allowed."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -150,6 +156,10 @@ class ServerConfig:
     max_message_bytes: int = 4 * 1024 * 1024
     drain_grace_s: float = 10.0
     """How long a stopping server lets running requests finish."""
+    prefix_salt: str = ""
+    """Servers with another salt give other names to the same cached prefix."""
+    resume_ttl_s: float = 60.0
+    """How long a request that came back from a snapshot waits for its client."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -158,9 +168,46 @@ class ServerConfig:
             raise ConfigError(
                 f"server.max_message_bytes is {self.max_message_bytes}; it must be at least 1"
             )
-        if not 0 <= self.drain_grace_s < math.inf:
+        for key in ("drain_grace_s", "resume_ttl_s"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(
+                    f"server.{key} is {getattr(self, key)}; it must be at least 0 and finite"
+                )
+
+
+@dataclass(frozen=True)
+class JournalConfig:
+    """What is written down of every step, so that it can be run again: `jaxinfer replay`."""
+
+    folder: str = ""
+    """Where the segments go; empty keeps no journal."""
+    segment_mb: int = 64
+    """A new segment begins after this many megabytes; each can be replayed alone."""
+    num_segments: int = 8
+    """The newest ones are kept."""
+    prompts: Literal["keep", "hash", "redact"] = "keep"
+    """hash and redact write stand-ins for token ids, so that only the schedule can be replayed;
+    with hash, whoever has a prompt can still find it in the journal."""
+
+    def __post_init__(self) -> None:
+        for key in ("segment_mb", "num_segments"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"journal.{key} is {getattr(self, key)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    """The live requests, saved as they go, so that a new process can go on with them."""
+
+    path: str = ""
+    """The file; read at the start, where it is there. Empty saves nothing."""
+    interval_s: float = 1.0
+    """Seconds between two of them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.interval_s < math.inf:
             raise ConfigError(
-                f"server.drain_grace_s is {self.drain_grace_s}; it must be at least 0 and finite"
+                f"snapshot.interval_s is {self.interval_s}; it must be above 0 and finite"
             )
 
 
@@ -182,6 +229,8 @@ class Config:
     """An alias, a Hugging Face folder, a GGUF file, or a folder that jaxinfer wrote."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    journal: JournalConfig = field(default_factory=JournalConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -193,6 +242,14 @@ def load(*sources: str | Path, environ: Mapping[str, str] | None = None) -> Conf
     (`JAXINFER_ENGINE__CACHE__PAGE_SIZE`), then overrides left to right; a later one wins.
     """
     return settings.apply(Config(), gather(*sources, environ=environ))
+
+
+def load_over(
+    text: str, *sources: str | Path, name: str, environ: Mapping[str, str] | None = None
+) -> Config:
+    """The same on top of settings that were kept as TOML; `name` says where."""
+    kept = settings.apply(Config(), settings.from_text(text, name=name))
+    return settings.apply(kept, gather(*sources, environ=environ))
 
 
 def gather(*sources: str | Path, environ: Mapping[str, str] | None = None) -> settings.Settings:
@@ -290,21 +347,27 @@ def check_engine(config: EngineConfig) -> None:
             f"engine.attention_block is {config.attention_block}; it must be a multiple of "
             f"engine.cache.page_size, which is {page_size}"
         )
+    if config.prefill_per_decode < 0:
+        raise ConfigError(
+            f"engine.prefill_per_decode is {config.prefill_per_decode}; it must be at least 0"
+        )
     longest = -(-config.max_seq_len // page_size)
     if config.cache.num_pages < 0 or 0 < config.cache.num_pages < longest:
         raise ConfigError(
             f"engine.cache.num_pages is {config.cache.num_pages}; one sequence of "
             f"engine.max_seq_len = {config.max_seq_len} tokens needs {longest}"
         )
+    least = MIN_ROWS if config.bits == "exact" else 1
+    hint = "" if least == 1 else " (engine.bits=fast allows fewer)"
     chunks = config.prefill_chunks
-    if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < MIN_ROWS:
+    if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < least:
         raise ConfigError(
             f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least "
-            f"{MIN_ROWS}"
+            f"{least}{hint}"
         )
     rows = config.row_counts
-    if list(rows) != sorted(set(rows)) or rows[0] < MIN_ROWS or rows[-1] < config.num_slots:
+    if list(rows) != sorted(set(rows)) or rows[0] < least or rows[-1] < config.num_slots:
         raise ConfigError(
-            f"engine.decode_rows is {list(rows)}; it must be ascending, each at least {MIN_ROWS}, "
-            f"and the last must cover engine.num_slots = {config.num_slots}"
+            f"engine.decode_rows is {list(rows)}; it must be ascending, each at least {least}"
+            f"{hint}, and the last must cover engine.num_slots = {config.num_slots}"
         )

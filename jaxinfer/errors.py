@@ -17,6 +17,8 @@
     ├── OutOfPages            asked the pool for more pages than are free
     ├── CompileAfterStart     a program was compiled after the engine was built
     ├── ProgramRefused        a stored program is damaged, foreign or stale
+    ├── JournalRefused        a journal is damaged, or can't be run again as asked
+    ├── SnapshotRefused       a snapshot of live requests is damaged or foreign
     └── EngineFailed          a step failed; the requests in it are lost      INTERNAL
 
 A message says what was asked, what there was, and what to change.
@@ -97,6 +99,14 @@ class CompileAfterStart(JaxinferError):
 
 class ProgramRefused(JaxinferError):
     """A stored program or manifest is damaged, foreign or stale; compiling makes a new one."""
+
+
+class JournalRefused(JaxinferError):
+    """A journal is damaged, of another format, or can't be run again as asked."""
+
+
+class SnapshotRefused(JaxinferError):
+    """A snapshot of live requests is damaged, of another format, or of another model."""
 
 
 class EngineFailed(JaxinferError):

@@ -20,7 +20,7 @@ from jaxinfer.store import Devices, Key
 HOST_ONLY = {
     *("bench", "cli", "client", "host", "server", "text", "v1", "weights"),
     *("__init__.py", "__main__.py", "demo.py", "engine.py", "errors.py", "llm.py", "manifest.py"),
-    *("plan.py", "runner.py", "settings.py", "store.py"),
+    *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py"),
 }
 # Settings of jax whose names hold one of these change no program.
 _HARMLESS = (
@@ -51,6 +51,7 @@ def program_key(
             {
                 "attention": engine.attention,
                 "attention_block": engine.attention_block,
+                "bits": engine.bits,
                 "compute_dtype": engine.compute_dtype,
                 "num_pages": engine.num_pages,
                 "num_slots": engine.num_slots,

@@ -3,7 +3,8 @@
 import gc
 import itertools
 import secrets
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxinfer import config as settings
 from jaxinfer import weights
 from jaxinfer.config import Config, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.host.loop import Phase
 from jaxinfer.host.request import (
     JAXINFER_DEFAULTS,
     EngineStats,
@@ -24,6 +26,7 @@ from jaxinfer.host.request import (
     SamplingParams,
     Timings,
 )
+from jaxinfer.recording import open_journal
 from jaxinfer.sharding import placement
 from jaxinfer.store import find_store
 from jaxinfer.text.tokenizer import Tokenizer
@@ -151,18 +154,23 @@ def _is_chat(given: Any) -> bool:
 
 
 def load_engine(
-    config: Config, *, progress: programs_of.Progress = lambda stage, done, total: None
+    config: Config,
+    *,
+    progress: programs_of.Progress = lambda stage, done, total: None,
+    clock: Callable[[], float] = time.monotonic,
+    faults: Callable[[Phase], None] = lambda phase: None,
 ) -> LoadedEngine:
     """Loads a model and builds its engine: every program is compiled when this returns.
 
     A folder of compiled programs that can't be used costs time and a warning, not the start.
     """
-    store = find_store(settings.cache_dir() / "programs")
+    ahead = _Ahead(config)
     checkpoint = weights.load(
         config.model,
         dtype=config.engine.compute_dtype,
         sharding=placement(config.mesh) if config.mesh.rules else None,
         progress=progress,
+        described=ahead.begin,
     )
     tokenizer = Tokenizer(checkpoint.text)
     engine = Engine(
@@ -170,14 +178,30 @@ def load_engine(
         checkpoint.config,
         tokenizer,
         config.engine,
-        store=store,
+        clock=clock,
+        store=ahead.store,
         progress=progress,
+        faults=faults,
     )
     jax.block_until_ready(checkpoint.params)
+    engine.journal = open_journal(config, engine, checkpoint.name)
     gc.collect()
     gc.freeze()  # what is loaded now stays: the collector need not look at it between steps
     defaults = checkpoint.sampling.or_else(JAXINFER_DEFAULTS)
     return LoadedEngine(engine, tokenizer, checkpoint.config, checkpoint.name, defaults)
+
+
+class _Ahead:
+    """What can begin as soon as a model is described, while its weights are read."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.store = find_store(settings.cache_dir() / "programs")
+
+    def begin(self, source: weights.Source) -> None:
+        """Loads the stored programs, where they are for one device, on other threads."""
+        if self.store is not None and not self._config.mesh.rules:
+            self.store = programs_of.load_ahead(source.config, self._config.engine, self.store)
 
 
 def _completion(request: Request, outputs: list[Output]) -> Completion:

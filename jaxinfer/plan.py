@@ -12,8 +12,9 @@ import jax
 from jaxinfer import cache as paged
 from jaxinfer import models, spec
 from jaxinfer.compile import Shape, shapes
-from jaxinfer.config import MIN_ROWS, EngineConfig, ModelConfig
+from jaxinfer.config import MIN_ROWS, EngineConfig, MeshConfig, ModelConfig
 from jaxinfer.errors import ConfigError
+from jaxinfer.sharding import placement
 from jaxinfer.store import ProgramCost
 
 _CGROUP_LIMITS = (
@@ -115,6 +116,18 @@ def plan_memory(
         num_slots=engine.num_slots,
         max_seq_len=engine.max_seq_len,
     )
+
+
+def abstract_params(model: ModelConfig, engine: EngineConfig, mesh: MeshConfig) -> Any:
+    """The weights as shapes on their devices: programs are built for these as for the real ones."""
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = placement(mesh) if mesh.rules else lambda leaf: single
+
+    def shape(leaf: spec.ArraySpec) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype or engine.compute_dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place(leaf))
+
+    return spec.map_specs(shape, models.module_of(model).spec(model))
 
 
 def check_memory(plan: MemoryPlan) -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 from jaxinfer.errors import Draining, DuplicateRequest, EngineFailed, QueueFull
@@ -37,20 +37,38 @@ class Steps(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """What is told when the engine can be saved: recording.Keeper."""
+
+    def offer(self, *, is_idle: bool = ...) -> None: ...
+    def close(self) -> None: ...
+
+
 class EngineThread:
     """Runs an engine's steps for as long as there is work.
 
     `deliver` is called on the engine's thread, once a step, with the outputs of all requests in it.
+    What is live when it stops stays in the keeper's last snapshot, for another process.
     """
 
-    def __init__(self, engine: Steps, deliver: Callable[[list[Output]], None]) -> None:
+    def __init__(
+        self,
+        engine: Steps,
+        deliver: Callable[[list[Output]], None],
+        *,
+        restored: Iterable[str] = (),
+        keeper: Keeps | None = None,
+    ) -> None:
+        """`restored` are the ids of the requests that the engine holds already."""
         self.limits = engine.limits
         self._engine = engine
         self._deliver = deliver
+        self._keeper = keeper
         self._wake = threading.Condition()
         self._inbox: deque[Request | str] = deque()  # a request to submit, an id to cancel
         self._num_inbox_requests = 0
-        self._live: set[str] = set()
+        self._live: set[str] = set(restored)
         self._is_draining = False
         self._is_stopping = False
         self._stats = engine.stats()
@@ -118,13 +136,23 @@ class EngineThread:
             while self._wait_for_work():
                 self._take_inbox()
                 self._give(self._engine.step())
+                self._keep()
         except Exception as error:  # barrier: whatever killed the engine, no client may hang
             log.exception("the engine stopped")
             self._give_up(error)
         else:
+            self._keep(is_idle=True)
             self._give_up(None)
+        if self._keeper is not None:
+            self._keeper.close()
+
+    def _keep(self, *, is_idle: bool = False) -> None:
+        if self._keeper is not None:
+            self._keeper.offer(is_idle=is_idle)
 
     def _wait_for_work(self) -> bool:
+        if not self._engine.has_work:
+            self._keep(is_idle=True)
         with self._wake:
             while not (self._inbox or self._engine.has_work or self._is_stopping):
                 self._wake.wait()

@@ -37,11 +37,18 @@ Settings = dict[tuple[str, ...], Setting]
 def from_file(path: Path, *, name: str) -> Settings:
     """The settings of one TOML file; `name` is what errors call it."""
     try:
-        tree = tomllib.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{name}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 text at byte {error.start}") from error
+    return from_text(text, name=name)
+
+
+def from_text(text: str, *, name: str) -> Settings:
+    """The settings of a TOML text."""
+    try:
+        tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: not valid TOML: {error}") from error
     return {key: Setting(value, name, False) for key, value in _leaves(tree, ())}

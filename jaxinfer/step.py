@@ -23,7 +23,7 @@ def prefill(
     cache, x = _run(params, cache, batch, model=model, engine=engine)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    logits = models.module_of(model).head(params, x, config=model)
+    logits = models.module_of(model).head(params, x, config=model, exact=engine.bits == "exact")
     out = sampling.sample(logits, batch, batch.starts + batch.lengths)
     kept = jnp.where(batch.sample == 1, batch.slots, engine.num_slots)
     last_tokens = cache.last_tokens.at[kept].set(jnp.maximum(out.tokens, 0))
@@ -45,7 +45,8 @@ def score(
 ) -> tuple[Cache, Float[Array, "B T V"]]:
     """Stores a chunk of T tokens a row and returns the logits after each of them."""
     cache, x = _run(params, cache, batch, model=model, engine=engine)
-    return cache, models.module_of(model).head(params, x, config=model)
+    exact = engine.bits == "exact"
+    return cache, models.module_of(model).head(params, x, config=model, exact=exact)
 
 
 def _run(
@@ -81,5 +82,7 @@ def _run(
             load=paged.from_pages,
         )
 
-    x = models.module_of(model).forward(params, tokens, positions, attend, config=model)
+    x = models.module_of(model).forward(
+        params, tokens, positions, attend, config=model, exact=engine.bits == "exact"
+    )
     return Cache(tuple(k_pages), tuple(v_pages), cache.last_tokens), x

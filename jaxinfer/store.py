@@ -9,6 +9,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ class Loaded(NamedTuple):
 
     run: jax.stages.Compiled
     cost: ProgramCost
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ class Store:
 
     def load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
         """A program that is ready to run; None where there is none, or none that can be trusted."""
-        path = self._path(name, key)
+        path, started = self._path(name, key), time.monotonic()
         try:
             cost, executable = _read(path, key)
-            return Loaded(_revive(path, executable, trees, devices), cost)
+            run = _revive(path, executable, trees, devices)
+            return Loaded(run, cost, time.monotonic() - started)
         except FileNotFoundError:
             return None
         except (OSError, ProgramRefused) as error:
@@ -155,6 +158,19 @@ class Store:
 
     def _path(self, name: str, key: Key) -> Path:
         return self.folder / f"{name}-{digest(key)[:32]}{SUFFIX}"
+
+
+@dataclass(frozen=True)
+class StoreAhead(Store):
+    """A store of which some programs are being loaded already, on other threads."""
+
+    under_way: Mapping[str, Future[Loaded | None]]
+    """By the digest of their key."""
+
+    def load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
+        """What the other thread finds, where there is one."""
+        future = self.under_way.get(digest(key))
+        return super().load(name, key, trees, devices) if future is None else future.result()
 
 
 def open_store(folder: Path) -> Store:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer import weights
+from jaxinfer.config import ModelConfig
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.text.assets import TextAssets
 from jaxinfer.weights import Checkpoint
@@ -20,16 +21,16 @@ attention_block = 32
 """
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, model: ModelConfig = tiny.MODEL, settings: str = SETTINGS) -> Path:
     """Writes the model and a settings file for it; returns the model's folder."""
     checkpoint = Checkpoint(
         name="tiny",
-        config=tiny.MODEL,
-        params=tiny.params(),
+        config=model,
+        params=tiny.params(model=model),
         text=TextAssets(tokenizer_json=_tokenizer(), chat_template=CHAT_TEMPLATE),
         sampling=SamplingParams(),
     )
-    (folder / "tiny.toml").write_text(SETTINGS)
+    (folder / "tiny.toml").write_text(settings)
     return weights.save(checkpoint, folder / "tiny")
 
 

@@ -31,7 +31,7 @@ def make_engine(
 
 
 def every_program(engine: Engine) -> list[Program]:
-    return [*engine.programs.values(), engine.allocate]
+    return [*engine.programs.values(), engine.device.allocate]
 
 
 def results(engine: Engine) -> dict[str, Any]:

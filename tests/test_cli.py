@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import cli
-from jaxinfer.cli import chat, doctor, generate, inspect, options
+from jaxinfer.cli import chat, doctor, generate, inspect, options, plan
 from jaxinfer.cli.app import with_settings
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.host.request import FinishReason, Output, SamplingParams, Timings
@@ -256,7 +256,7 @@ def test_inspect_takes_equal_layers_together():
 
 
 def test_sizes_read_well():
-    assert [inspect.size(value) for value in (0, 1023, 1536, 3 << 30)] == [
+    assert [plan.size(value) for value in (0, 1023, 1536, 3 << 30)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",

@@ -27,7 +27,7 @@ def test_a_program_for_each_chunk_size_each_row_count_and_the_cache():
 
 def test_costs_add_up():
     engine = kept().engine
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.cache))
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
     for program in engine.programs.values():
         assert program.alias_bytes >= cache_bytes
@@ -36,7 +36,7 @@ def test_costs_add_up():
         assert program.temp_bytes > 0
         assert min(program.trace_s, program.compile_s) > 0
         assert (program.load_s, program.seconds) == (0, program.trace_s + program.compile_s)
-    assert cache_bytes <= engine.allocate.output_bytes < cache_bytes + 4096
+    assert cache_bytes <= engine.device.allocate.output_bytes < cache_bytes + 4096
 
 
 def test_a_second_start_neither_traces_nor_compiles_and_answers_with_the_same_bits():
@@ -59,7 +59,7 @@ def test_a_second_start_neither_traces_nor_compiles_and_answers_with_the_same_bi
 
 def test_a_loaded_program_gives_its_cache_away():
     engine = make_engine(open_store(kept().folder))
-    old = engine._cache.k[0]
+    old = engine.device.cache.k[0]
     tiny.run(engine, REQUESTS[:1])
     assert old.is_deleted()
     engine._recover(jax.errors.JaxRuntimeError("INTERNAL: planted"))
@@ -69,8 +69,8 @@ def test_a_loaded_program_gives_its_cache_away():
 
 def test_the_cache_comes_from_a_program_too():
     engine = make_engine(open_store(kept().folder))
-    assert engine.allocate.shape == ALLOCATE
-    cache = engine.allocate.run()
+    assert engine.device.allocate.shape == ALLOCATE
+    cache = engine.device.allocate.run()
     addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
     assert len(set(addresses)) == len(addresses)
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(cache))

@@ -219,8 +219,8 @@ def test_a_device_that_fails_every_time_ends_the_engine():
 
 
 def test_programs_donate_the_cache_and_copy_neither_it_nor_the_weights(engine):
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache))
-    pool = engine._cache.k[0].shape
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.cache))
+    pool = engine.device.cache.k[0].shape
     big = {"[" + ",".join(map(str, pool)) + "]"}
     big |= {
         "[" + ",".join(map(str, leaf.shape)) + "]"
@@ -237,9 +237,9 @@ def test_free_pages_full_of_nan_change_nothing(engine, answers):
     engine.flush_prefix_cache()
     nan = jax.tree.map(
         lambda leaf: leaf if leaf.ndim == 1 else np.full(leaf.shape, np.nan, leaf.dtype),
-        engine._cache,
+        engine.device.cache,
     )
-    engine._cache = jax.tree.map(jax.numpy.asarray, nan)
+    engine.device.cache = jax.tree.map(jax.numpy.asarray, nan)
     again = tiny.run(engine, REQUESTS)
     for name, answer in answers.items():
         assert again[name].tokens == answer.tokens

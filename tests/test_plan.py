@@ -42,7 +42,7 @@ def engine():
 def test_the_parts_are_those_of_the_built_engine(engine):
     plan = engine.memory
     assert plan.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    pages = [*engine._cache.k, *engine._cache.v]
+    pages = [*engine.device.cache.k, *engine.device.cache.v]
     assert plan.cache_bytes == sum(leaf.nbytes for leaf in pages)
     assert plan.temp_bytes == max(program.temp_bytes for program in engine.programs.values())
     assert not plan.is_temp_estimate

@@ -39,6 +39,12 @@ def llm():
     return LLM(config=Config(engine=engine))
 
 
+def test_its_config_is_known_before_it_is_here(monkeypatch):
+    there = weights.shape_of("smollm2-135m")
+    monkeypatch.setattr(weights, "is_ready", lambda alias: False)
+    assert weights.shape_of("smollm2-135m") == there
+
+
 def must_agree(item):
     """Reference tokens up to the first close call."""
     close = [place for place, margin in enumerate(item["margin"]) if margin < CLOSE_CALL]

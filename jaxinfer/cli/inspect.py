@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from math import prod
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -14,9 +13,11 @@ from rich.table import Table
 
 from jaxinfer.cli import progress
 from jaxinfer.cli.options import COMMON, Common, Json
+from jaxinfer.cli.plan import as_dict, memory_table, sequence_table, size, stored, usual_lengths
 
 if TYPE_CHECKING:
     from jaxinfer.plan import MemoryPlan
+    from jaxinfer.store import ProgramCost
 
 
 class Parameters(NamedTuple):
@@ -45,29 +46,23 @@ def inspect(
         Prints one JSON object.
     """
     settings = common.load()
-    import jax
-
     from jaxinfer import compile as programs_of
     from jaxinfer import models, spec, weights
-    from jaxinfer.plan import plan_memory
+    from jaxinfer.plan import abstract_params, plan_memory
 
     dtype = settings.engine.compute_dtype
     with progress.shown() as show:
         source = weights.describe(settings.model, progress=show)
         specs = models.module_of(source.config).spec(source.config)
-        programs = {}
-        if compile:
-            placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            params = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-                spec.abstract(specs, dtype),
-            )
-            programs = programs_of.build(params, source.config, settings.engine, progress=show)
+        params = abstract_params(source.config, settings.engine, settings.mesh)
+        programs: tuple[ProgramCost, ...] = stored(settings, source.config)
+        if compile and not programs:
+            built = programs_of.build(params, source.config, settings.engine, progress=show)
+            programs = tuple(built.values())
     leaves = spec.paths(specs).items()
     groups = grouped((name, leaf.shape, str(leaf.dtype or dtype)) for name, leaf in leaves)
-    plan = plan_memory(source.config, settings.engine, programs=programs.values())
-    temps = {shape.name: program.temp_bytes for shape, program in programs.items()}
-    write(source.name, source.config.architecture, groups, plan, temps, as_json=as_json)
+    memory = plan_memory(source.config, settings.engine, params=params, programs=programs)
+    write(source.name, source.config.architecture, groups, memory, programs, as_json=as_json)
 
 
 def grouped(leaves: Iterable[tuple[str, tuple[int, ...], str]]) -> list[Parameters]:
@@ -92,8 +87,8 @@ def write(
     name: str,
     architecture: str,
     groups: list[Parameters],
-    plan: "MemoryPlan",
-    temps: dict[str, int],
+    memory: "MemoryPlan",
+    programs: tuple["ProgramCost", ...],
     *,
     as_json: bool,
 ) -> None:
@@ -102,14 +97,14 @@ def write(
     if as_json:
         tree = [group._asdict() for group in groups]
         facts = {"model": name, "architecture": architecture, "num_parameters": num_parameters}
-        sums = {"cache_bytes": plan.cache_bytes, "total_bytes": plan.total_bytes}
-        memory = {**asdict(plan), **sums, "temp_bytes_by_program": temps}
-        print(json.dumps({**facts, "parameters": tree, "memory": memory}))
+        plan = as_dict(memory, programs, usual_lengths(memory))
+        print(json.dumps({**facts, "parameters": tree, "memory": plan}))
         return
     console = Console() if sys.stdout.isatty() else Console(width=100)
     title = f"{name}: {architecture}, {num_parameters / 1e6:.1f} M parameters"
     console.print(_tree_table(title, groups))
-    console.print(_plan_table(plan, temps))
+    console.print(memory_table(memory, programs))
+    console.print(sequence_table(memory, usual_lengths(memory)))
 
 
 def _tree_table(title: str, groups: list[Parameters]) -> Table:
@@ -120,38 +115,6 @@ def _tree_table(title: str, groups: list[Parameters]) -> Table:
         shape = " x ".join(map(str, group.shape))
         table.add_row(group.name, shape, group.dtype, count, size(group.num_bytes))
     return table
-
-
-def _plan_table(plan: "MemoryPlan", temps: dict[str, int]) -> Table:
-    table = Table("memory", "", "bytes", title="plan", title_justify="left")
-    table.columns[2].justify = "right"
-    pages = f"{plan.num_pages} and the trash page, {plan.page_size} tokens each"
-    table.add_row("weights", "", size(plan.weight_bytes))
-    table.add_row("pages", pages, size(plan.cache_bytes))
-    for name, temp_bytes in temps.items():
-        table.add_row("temporary", name, size(temp_bytes))
-    if plan.is_temp_estimate:
-        table.add_row("temporary", "an estimate; --compile tells", size(plan.temp_bytes))
-    table.add_section()
-    table.add_row("total", "with the largest temporary", size(plan.total_bytes))
-    if plan.device_bytes is not None:
-        table.add_row("device", "what it has", size(plan.device_bytes))
-    one_token = plan.page_bytes // plan.page_size
-    table.add_row("one token", "its keys and values in all layers", size(one_token))
-    lengths = (plan.max_seq_len, max(1, plan.max_seq_len // 8))
-    for length in lengths:
-        held = f"{plan.num_sequences(length)} at once; memory for {plan.max_sequences(length)}"
-        table.add_row("sequences", f"of {length} tokens", held)
-    return table
-
-
-def size(num_bytes: int) -> str:
-    """Bytes as people read them: 1.5 GiB."""
-    value, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def _split(name: str) -> tuple[str, int, str]:

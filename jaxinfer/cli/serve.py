@@ -38,9 +38,11 @@ def serve(
         level=logging.INFO if common.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    from jaxinfer.llm import load_engine
-    from jaxinfer.runner import EngineThread
     from jaxinfer.server import app
+
+    app.check_address(settings.server)
+    from jaxinfer import recording
+    from jaxinfer.llm import load_engine
     from jaxinfer.server.served import ServedModel
 
     started_s = time.monotonic()
@@ -55,6 +57,8 @@ def serve(
         defaults=loaded.defaults,
     )
 
+    resumed = recording.resume(settings.snapshot, loaded.engine, loaded.name)
+
     def ready(port: int) -> None:
         facts = {
             "model": loaded.name,
@@ -62,6 +66,7 @@ def serve(
             "port": port,
             "num_programs": loaded.engine.stats().num_programs,
             "load_s": round(load_s, 3),
+            "num_restored": len(resumed.requests),
             "config": config.digest(settings),
         }
         print(json.dumps({"event": "ready", **facts}) if as_json else hello(facts), flush=True)
@@ -69,9 +74,10 @@ def serve(
     try:
         app.run(
             served,
-            lambda deliver: EngineThread(loaded.engine, deliver),
+            resumed.make_thread,
             settings.server,
             ready=ready,
+            restored=resumed.requests,
         )
     finally:
         write_stats(asdict(loaded.engine.stats()), stats_json)

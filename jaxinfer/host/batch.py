@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.host.plan import Chunk
+from jaxinfer.host.plan import Chunk, Plan
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import inert_batch, pack, unpack
 
@@ -27,6 +27,14 @@ class SlotTable:
             field[: config.num_slots] = 1
         self._packed = pack(rows)
         self._fields = unpack(self._packed, tokens=1)
+
+    def update(self, plan: Plan) -> None:
+        """Takes over slots and pages of a plan that is booked."""
+        for admission in plan.admit:
+            self.admit(admission.sequence)
+        for stored in plan.stored:
+            if stored.sequence.order in plan.num_pages:
+                self.grow(stored.sequence)
 
     def admit(self, sequence: Sequence) -> None:
         """Sets the row of a sequence that has just got its slot."""

@@ -8,13 +8,14 @@ step n                                 read, retire, commit
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 
 Handle = TypeVar("Handle")
+Phase = Literal["dispatch", "read"]
 
 
 class Sampled(NamedTuple):
@@ -46,20 +47,25 @@ class Loop(Generic[Handle]):
     ) -> None:
         self.scheduler = scheduler
         self.under_way: deque[tuple[Plan, Handle]] = deque()
+        self.phase: Phase = "dispatch"  # of the device that was entered last
         self._overlap = overlap
         self._dispatch = dispatch
         self._read = read
         self._take = take
         self._planned = planned
 
-    def step(self) -> None:
-        """Dispatches one step, if there is one to run, and takes in the step before it."""
+    def step(self, *, drain: bool = False) -> None:
+        """Dispatches one step, if there is one to run, and takes in the step before it.
+
+        With `drain` the new one is taken in as well: nothing is under way at the end.
+        """
         plan = self.scheduler.plan()
         self._planned(plan)
         self.scheduler.begin(plan)
         if not plan.is_empty:
+            self.phase = "dispatch"
             self.under_way.append((plan, self._dispatch(plan)))
-        keep = 1 if self._overlap and not plan.is_empty else 0
+        keep = 1 if self._overlap and not plan.is_empty and not drain else 0
         while len(self.under_way) > keep:
             self._finish(*self.under_way.popleft())
 
@@ -69,6 +75,7 @@ class Loop(Generic[Handle]):
         self.scheduler.restart()
 
     def _finish(self, plan: Plan, handle: Handle) -> None:
+        self.phase = "read"
         tokens = self._read(plan, handle)
         self.scheduler.retire(plan, tokens)
         for place, (sequence, token) in enumerate(zip(plan.sampled, tokens, strict=True)):

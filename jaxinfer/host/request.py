@@ -25,6 +25,10 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+UNFINISHED = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.ERROR)
+"""Ends that are not the answer's own: asked again, it would go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when to stop; None means the model's default, then jaxinfer's.

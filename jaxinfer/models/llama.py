@@ -50,10 +50,12 @@ def forward(
     attend: attention.Attend,
     *,
     config: ModelConfig,
+    exact: bool = True,
 ) -> Float[Array, "B T D"]:
     """Runs the blocks; returns the residual stream in float32, before the final norm.
 
     `attend(layer, q, k, v)` stores the layer's new keys and values and attends to all cached ones.
+    Without `exact` a row's bits may depend on how many rows there are: see nn.linear.
     """
     x = embed(params.embedding, tokens)
     rotation = rope.angles(positions, config=config)
@@ -64,12 +66,16 @@ def forward(
             rotation,
             lambda q, k, v, index=index: attend(index, q, k, v),
             config=config,
+            exact=exact,
         )
-        x = x + mlp.apply(layer.mlp, rms_norm(x, layer.mlp_norm, eps=config.norm_eps))
+        normed = rms_norm(x, layer.mlp_norm, eps=config.norm_eps)
+        x = x + mlp.apply(layer.mlp, normed, exact=exact)
     return x
 
 
-def head(params: Params, x: Float[Array, "... D"], *, config: ModelConfig) -> Float[Array, "... V"]:
+def head(
+    params: Params, x: Float[Array, "... D"], *, config: ModelConfig, exact: bool = True
+) -> Float[Array, "... V"]:
     """The logits of some rows of the residual stream."""
     table = params.embedding if params.head is None else params.head
-    return project(rms_norm(x, params.final_norm, eps=config.norm_eps), table)
+    return project(rms_norm(x, params.final_norm, eps=config.norm_eps), table, exact=exact)

@@ -55,14 +55,15 @@ def apply(
     attend: Attend,
     *,
     config: ModelConfig,
+    exact: bool = True,
 ) -> Float[Array, "B T D"]:
     """Attends with the new tokens' queries to everything that `attend` has in store."""
     rows, tokens, _ = x.shape
-    both = project(x, params.qkv, params.qkv_bias)
+    both = project(x, params.qkv, params.qkv_bias, exact=exact)
     q = both[..., :-2, :].reshape(rows, tokens, config.num_heads, config.head_dim)
     k, v = both[..., -2, :], both[..., -1, :]
     if params.q_norm is not None and params.k_norm is not None:
         q = rms_norm(q, params.q_norm, eps=config.norm_eps)
         k = rms_norm(k, params.k_norm, eps=config.norm_eps)
     out = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
-    return project(out, params.output, params.output_bias, contract=2)
+    return project(out, params.output, params.output_bias, contract=2, exact=exact)

@@ -11,19 +11,25 @@ from jaxinfer.dims import Leaf
 
 
 def project(
-    x: Float[Array, "..."], weight: Leaf, bias: Leaf | None = None, *, contract: int = 1
+    x: Float[Array, "..."],
+    weight: Leaf,
+    bias: Leaf | None = None,
+    *,
+    contract: int = 1,
+    exact: bool = True,
 ) -> Float[Array, "..."]:
     """Multiplies the last `contract` axes of x with the last ones of `weight`; returns float32.
 
     Weights lie output-first ([..., N, K]), x is rounded to their dtype, and the sum is float32.
-    Fewer than MIN_ROWS rows are padded up to it: below, XLA:CPU leaves its fast path and a row's
-    bits change with the row count.
+    Fewer than MIN_ROWS rows are padded up to it: below, XLA:CPU leaves its path for many rows, and
+    a row's bits change with the row count. In bfloat16 that path is also the faster one; float32
+    without `exact` goes without the padding.
     """
     lead = x.shape[: x.ndim - contract]
     inner = math.prod(x.shape[x.ndim - contract :])
     rows = math.prod(lead)
     flat = x.reshape(rows, inner).astype(weight.dtype)
-    if rows < MIN_ROWS:
+    if rows < MIN_ROWS and (exact or weight.dtype != jnp.float32):
         flat = jnp.pad(flat, ((0, MIN_ROWS - rows), (0, 0)))
     out_shape = weight.shape[: weight.ndim - contract]
     table = weight.reshape(math.prod(out_shape), inner)

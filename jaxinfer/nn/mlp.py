@@ -26,7 +26,7 @@ def spec(config: ModelConfig) -> Mlp:
     )
 
 
-def apply(params: Mlp, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def apply(params: Mlp, x: Float[Array, "B T D"], *, exact: bool = True) -> Float[Array, "B T D"]:
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-    both = project(x, params.gate_up)
-    return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], params.down)
+    both = project(x, params.gate_up, exact=exact)
+    return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], params.down, exact=exact)

@@ -1,10 +1,12 @@
 """Models on disk -> params: Hugging Face folders, GGUF files, our own folders, the demo model."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CheckpointError, UnknownModel
 from jaxinfer.weights import assemble, checkpoint, demo, hf
 from jaxinfer.weights.checkpoint import save
@@ -21,6 +23,7 @@ __all__ = [
     "load",
     "locate",
     "save",
+    "shape_of",
 ]
 
 ALIASES = tuple(demo.DEMOS)
@@ -33,16 +36,21 @@ def load(
     dtype: DTypeLike,
     sharding: Sharding = None,
     progress: Progress = silent,
+    described: Callable[[Source], None] = lambda source: None,
 ) -> Checkpoint:
     """Loads a model: an alias, a folder of ours or of Hugging Face's, or a GGUF file.
+
+    `described` is told what `describe` would say, before the weights are read.
 
     Every leaf of `params` has `dtype`; the weights are never twice in memory. The demo model is
     fetched and converted when it is first asked for; nothing else touches the network.
     """
     path = locate(model, progress=progress)
     if checkpoint.is_checkpoint(path):
+        described(checkpoint.describe(path))
         return checkpoint.load(path, dtype=dtype, sharding=sharding, progress=progress)
     source, store = _open(path)
+    described(source)
     return Checkpoint(
         name=source.name,
         config=source.config,
@@ -58,6 +66,14 @@ def describe(model: str | Path, *, progress: Progress = silent) -> Source:
     """What `load` would load: config, text and advice on sampling. Reads no weights."""
     path = locate(model, progress=progress)
     return checkpoint.describe(path) if checkpoint.is_checkpoint(path) else _open(path)[0]
+
+
+def shape_of(model: str | Path) -> tuple[str, ModelConfig]:
+    """Name and config of a model, without fetching one that is not here yet."""
+    if model in ALIASES and not is_ready(str(model)):
+        return str(model), demo.DEMOS[str(model)].config
+    source = describe(model)
+    return source.name, source.config
 
 
 def is_ready(alias: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxinfer import config
+from jaxinfer.config import ModelConfig
 from jaxinfer.errors import DownloadError
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.weights import assemble, checkpoint
@@ -28,6 +29,7 @@ class Demo(NamedTuple):
     num_bytes: int
     sha256: str
     sampling: SamplingParams
+    config: ModelConfig  # what the file says, known before it is here
 
 
 DEMOS = {
@@ -38,6 +40,21 @@ DEMOS = {
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sampling=SamplingParams(temperature=0.2, top_p=0.9),
+        config=ModelConfig(
+            architecture="llama",
+            vocab_size=49152,
+            num_layers=30,
+            d_model=576,
+            d_ff=1536,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            max_positions=8192,
+            rope_theta=100000.0,
+            tie_embeddings=True,
+            bos_token_id=1,
+            eos_token_ids=(2,),
+        ),
     )
 }
 

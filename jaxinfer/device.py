@@ -1,0 +1,169 @@
+"""The device's side of an engine: weights, cache and programs; steps go in, tokens come out."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinfer import compile as programs_of
+from jaxinfer import selftest
+from jaxinfer.compile import ALLOCATE, READ_PAGES, Programs, Shape
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.host.batch import SlotTable
+from jaxinfer.host.plan import Plan
+from jaxinfer.host.sequence import Sequence
+from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
+from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
+from jaxinfer.selftest import SelfTest
+from jaxinfer.store import Store
+
+Watch = Callable[[np.ndarray], None]
+
+
+class Handle(NamedTuple):
+    """A dispatched step, its results still on the device."""
+
+    outputs: tuple[StepOutput, ...]  # of each chunk that samples, then of the decode
+    rows: tuple[int, ...]  # how many rows of each count
+    began_s: float
+
+
+class Returned(NamedTuple):
+    """What a step has sampled, in the order of plan.sampled."""
+
+    tokens: list[int]
+    logprobs: np.ndarray  # f32
+
+
+class Device:
+    """One model, one cache and every program of a config."""
+
+    def __init__(
+        self,
+        params: Any,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        store: Store | None = None,
+        progress: programs_of.Progress = lambda stage, done, total: None,
+    ) -> None:
+        self.config = config
+        check_memory(plan_memory(model, config, params=params))
+        self.programs: Programs = programs_of.build(
+            params, model, config, store=store, progress=progress
+        )
+        self.allocate = programs_of.build_allocate(params, model, config, store=store)
+        every = (*self.programs.values(), self.allocate)
+        self.memory: MemoryPlan = plan_memory(model, config, params=params, programs=every)
+        check_memory(self.memory)
+        self.params = params
+        self.cache: Any = None
+        self.self_test = self._warm_up(model, store)
+        self.num_prefill_tokens = 0
+        self.dispatch_s = self.wait_s = 0.0
+        self._clock = clock
+        self._eos = model.eos_token_ids
+        self._table = SlotTable(self.config, eos_token_ids=self._eos)
+
+    def dispatch(self, plan: Plan, watch: Watch | None = None) -> Handle:
+        """Starts a step that is booked, without waiting for it; `watch` sees each packed batch."""
+        began_s = self._clock()
+        self._table.update(plan)
+        outputs, rows = [], []
+        for chunk in plan.chunks:
+            packed = self._table.chunk(chunk)
+            if watch is not None:
+                watch(packed)
+            output = self.run(Shape("prefill", 1, chunk.size), packed)
+            self.num_prefill_tokens += chunk.length
+            if chunk.is_last:
+                outputs.append(output)
+                rows.append(1)
+        if plan.decodes:
+            packed = self._table.decode(plan.decodes)
+            if watch is not None:
+                watch(packed)
+            outputs.append(self.run(Shape("decode", len(packed), 1), packed))
+            rows.append(len(plan.decodes))
+        return Handle(tuple(outputs), tuple(rows), began_s)
+
+    def read(self, handle: Handle) -> Returned:
+        """Waits for a step."""
+        before = self._clock()
+        tokens: list[int] = []
+        logprobs = [np.zeros(0, np.float32)]
+        for output, rows in zip(handle.outputs, handle.rows, strict=True):
+            tokens += np.asarray(output.tokens)[:rows].tolist()
+            logprobs.append(np.asarray(output.logprobs)[:rows])
+        self.wait_s += self._clock() - before
+        return Returned(tokens, np.concatenate(logprobs))
+
+    def run(self, shape: Shape, packed: np.ndarray) -> StepOutput:
+        """Dispatches one program on a packed batch."""
+        before = time.thread_time()
+        self.cache, output = self.programs[shape].run(self.params, self.cache, packed)
+        self.dispatch_s += time.thread_time() - before
+        for part in output:
+            part.copy_to_host_async()
+        return output
+
+    def reset(self) -> None:
+        """After a failed step, which took the donated cache with it: an empty one."""
+        self.cache = None  # free the old pool before the new one is there
+        self.cache = self.allocate.run()
+
+    def fill(self, tokens: list[int], pages: list[int]) -> None:
+        """Writes the keys and values of a prefix into pages, as a prefill of it would have."""
+        sizes = self.config.prefill_chunks
+        for start in range(0, len(tokens), sizes[-1]):
+            part = tokens[start : start + sizes[-1]]
+            shape = Shape("prefill", 1, next(size for size in sizes if size >= len(part)))
+            rows = self._inert(shape)
+            rows.tokens[0, : len(part)] = part
+            rows.page_table[0, : len(pages)] = pages
+            rows.starts[0], rows.lengths[0] = start, len(part)
+            self.run(shape, pack(rows))
+
+    def take_over(self, running: list[Sequence]) -> None:
+        """Makes rows and pages of sequences that were booked elsewhere: see host.state."""
+        last = np.zeros(self.config.num_slots + 1, np.int32)
+        for sequence in running:
+            self._table.admit(sequence)
+            self._table.grow(sequence)
+            self.fill(sequence.tokens[: sequence.num_stored], sequence.pages)
+            last[sequence.slot] = sequence.tokens[-1]
+        placed = jax.device_put(last, self.cache.last_tokens.sharding)
+        self.cache = self.cache._replace(last_tokens=placed)
+
+    def _warm_up(self, model: ModelConfig, store: Store | None) -> SelfTest:
+        """Runs every program, so that the first request pays for no page fault.
+
+        With engine.bits = exact it also compares them; config and programs are then what is left.
+        """
+        params, config = self.params, self.config
+        programs = {**self.programs, ALLOCATE: self.allocate}
+        if config.bits == "exact":
+            programs[READ_PAGES] = programs_of.build_read_pages(params, model, config, store=store)
+        tested = selftest.run(
+            params,
+            model,
+            config,
+            programs,
+            rebuild=lambda shape: programs_of.rebuild(shape, params, model, config, store=store),
+        )
+        self.config, self.cache = tested.config, tested.cache
+        self.allocate = tested.programs[ALLOCATE]
+        self.programs = {shape: one for shape, one in tested.programs.items() if shape.rows}
+        return tested.report
+
+    def _inert(self, shape: Shape) -> Batch:
+        return inert_batch(
+            shape.rows,
+            shape.tokens,
+            pages_per_seq=self.config.pages_per_seq,
+            trash_slot=self.config.num_slots,
+            trash_page=self.config.num_pages,
+        )

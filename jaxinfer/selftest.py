@@ -1,0 +1,387 @@
+"""The self-test of a start: the same tokens through every program, compared bit by bit."""
+
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinfer.cache import Cache
+from jaxinfer.compile import ALLOCATE, PAGES_READ, READ_PAGES, Program, Programs
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
+from jaxinfer.store import Shape
+
+_STEPS = 3  # decode steps that each tested row takes at least
+_ROW_STEPS = 64  # a program of few rows takes more: one bit in thousands may be all that differs
+_MAX_STEPS = 8
+_SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}  # of every other page; else greedy
+Seen = Mapping[str, frozenset[bytes]]
+"""What one program gave: by position and kind, the bits; more than one where they changed."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Which programs of an engine give the same bits for the same tokens."""
+
+    num_tokens: int
+    """Tokens of the sequence that went through all of them; 0 where nothing was compared."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Programs by name; those in one group give the same tokens, logprobs, keys and values."""
+    unsteady: tuple[str, ...] = ()
+    """Programs whose bits for a row change with its place or its neighbours."""
+    dropped: tuple[str, ...] = ()
+    """Programs that are not used, because others give other bits."""
+    seconds: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every answer has the same bits, alone or beside others, whatever happens."""
+        return bool(self.num_tokens) and not self.broken_promises
+
+    @property
+    def broken_promises(self) -> tuple[str, ...]:
+        """What is not promised, in plain words."""
+        left = [set(group) - set(self.dropped) for group in self.groups]
+        said = []
+        if steady := [name for name in self.unsteady if name not in self.dropped]:
+            said.append(
+                f"{', '.join(steady)} gives a row other bits in another place or beside others: "
+                "an answer may depend on what runs beside it"
+            )
+        if sum(map(bool, left)) > 1:
+            said.append(
+                "prefill and decode give other bits for the same tokens: a request that was "
+                "interrupted and goes on, or that finds its beginning in the prefix cache, may "
+                "get another answer than one that was not"
+            )
+        return tuple(said)
+
+
+class Outcome(NamedTuple):
+    """An engine's parts after the test: programs that ran, and a config that uses those alone."""
+
+    report: SelfTest
+    config: EngineConfig
+    programs: Programs
+    cache: Cache
+
+
+class _Plan(NamedTuple):
+    """Where the test's tokens lie."""
+
+    tokens: np.ndarray
+    home: np.ndarray  # pages of the sequence, as the first prefill program wrote it
+    spare: np.ndarray  # other pages, to write the same again
+
+
+def run(
+    params: Any,
+    model: ModelConfig,
+    config: EngineConfig,
+    programs: Programs,
+    *,
+    rebuild: Callable[[Shape], Program],
+) -> Outcome:
+    """Runs every step, and where there is a program that reads pages compares what they give.
+
+    Steps that differ from the rest are dropped. A stored program that fails when it runs is
+    replaced by what `rebuild` compiles.
+    """
+    while True:
+        bench = _Bench(params, config, programs)
+        try:
+            return _run(bench, model)
+        except jax.errors.JaxRuntimeError as error:
+            if not programs[bench.last].load_s:
+                raise
+            log.warning(
+                "the stored program %s fails when it runs, so it is compiled again: %s",
+                bench.last.name,
+                str(error)[:200],
+            )
+            programs = {**programs, bench.last: rebuild(bench.last)}
+
+
+def _run(bench: "_Bench", model: ModelConfig) -> Outcome:
+    started, config = time.monotonic(), bench.config
+    bench.allocate()
+    if READ_PAGES not in bench.programs:
+        for shape in bench.steps:
+            bench.touch(shape)
+        return Outcome(SelfTest(0), config, bench.programs, bench.cache)
+    plan = _plan(model, config)
+    report = _judge(_observe(bench, plan), config, num_tokens=len(plan.tokens))
+    report = replace(report, seconds=time.monotonic() - started)
+    for sentence in _warnings(report):
+        log.warning("self-test: %s", sentence)
+    left = {
+        shape: program
+        for shape, program in bench.programs.items()
+        if shape.name not in report.dropped
+    }
+    return Outcome(report, _narrowed(config, left), left, bench.cache)
+
+
+class _Bench:
+    """Runs programs on a new cache, one at a time, and knows which one ran last."""
+
+    def __init__(self, params: Any, config: EngineConfig, programs: Programs) -> None:
+        self._params, self.config, self.programs = params, config, programs
+        self.steps = tuple(shape for shape in programs if shape.rows)
+        self.last = ALLOCATE
+        self.cache: Any = None
+
+    def allocate(self) -> None:
+        """Makes the cache."""
+        self.last = ALLOCATE
+        self.cache = jax.block_until_ready(self.programs[ALLOCATE].run())
+
+    def batch(self, shape: Shape) -> Batch:
+        """Inert rows for one program."""
+        return inert_batch(
+            shape.rows,
+            shape.tokens,
+            pages_per_seq=self.config.pages_per_seq,
+            trash_slot=self.config.num_slots,
+            trash_page=self.config.num_pages,
+        )
+
+    def touch(self, shape: Shape) -> None:
+        """Runs a program on the trash page: the first request then pays for no page fault."""
+        batch = self.batch(shape)
+        batch.lengths[:] = shape.tokens
+        self.run(shape, batch)
+
+    def run(self, shape: Shape, batch: Batch) -> StepOutput:
+        """One step; its results in NumPy."""
+        self.last = shape
+        self.cache, output = self.programs[shape].run(self._params, self.cache, pack(batch))
+        return StepOutput(*map(np.asarray, output))
+
+    def read(self, pages: np.ndarray) -> np.ndarray:
+        """The bits of some pages: [pages, layers, heads, tokens, ...]."""
+        self.last = READ_PAGES
+        parts = []
+        for first in range(0, len(pages), PAGES_READ):
+            some = pages[first : first + PAGES_READ]
+            ids = np.resize(some, PAGES_READ).astype(np.int32)
+            parts.append(np.asarray(self.programs[READ_PAGES].run(self.cache, ids))[: len(some)])
+        return np.concatenate(parts)
+
+
+def _num_pages(config: EngineConfig) -> int:
+    """Pages of the test's sequence: past the end of an attention block where there is room."""
+    page_size = config.cache.page_size
+    wanted = config.attention_block // page_size + 2
+    longest = min(config.max_seq_len // page_size, config.num_pages // 2)
+    return max(1, min(wanted, longest))
+
+
+def _plan(model: ModelConfig, config: EngineConfig) -> _Plan:
+    page_size, count = config.cache.page_size, _num_pages(config)
+    steps = min(_STEPS, page_size, config.max_seq_len)
+    rng = np.random.default_rng(0)
+    # Few pages, none at its own place: a mix-up of pages would show.
+    pages = rng.permutation(config.num_pages)[::-1]
+    return _Plan(
+        tokens=rng.integers(0, model.vocab_size, (count - 1) * page_size + steps),
+        home=pages[:count],
+        spare=pages[count:] if len(pages) > count else pages,
+    )
+
+
+def _observe(bench: _Bench, plan: _Plan) -> dict[Shape, Seen]:
+    """The bits that each program gives; the largest chunk goes first and fills the home pages."""
+    chunks = sorted((one for one in bench.steps if one.phase == "prefill"), reverse=True)
+    decodes = [one for one in bench.steps if one.phase == "decode"]
+    seen: dict[Shape, Seen] = {chunks[0]: _fill(bench, plan, chunks[0])}
+    for shape in chunks[1:]:
+        seen[shape] = _refill(bench, plan, shape)
+    for shape in decodes:
+        seen[shape] = _decode(bench, plan, shape)
+    return seen
+
+
+def _fill(bench: _Bench, plan: _Plan, shape: Shape) -> Seen:
+    """The whole sequence, in as few pieces as it takes."""
+    found = _Found(bench.config)
+    *starts, last = range(0, len(plan.tokens), shape.tokens)
+    for start in starts:
+        _prefill(bench, plan, shape, start, plan.home)
+    found.add_output(len(plan.tokens) - 1, _prefill(bench, plan, shape, last, plan.home), 0)
+    found.add_pages(bench.read(plan.home), 0, len(plan.tokens))
+    return found.seen()
+
+
+def _refill(bench: _Bench, plan: _Plan, shape: Shape) -> Seen:
+    """A full chunk at the start, and a last piece that goes on where a cached prefix ends."""
+    found, page_size = _Found(bench.config), bench.config.cache.page_size
+    count, end = len(plan.home), len(plan.tokens)
+    last = max(0, -(-(end - shape.tokens) // page_size)) * page_size
+    for start in sorted({0, last}):
+        own = np.resize(plan.spare, count)
+        pages = np.concatenate([plan.home[: start // page_size], own])[:count]
+        output = _prefill(bench, plan, shape, start, pages)
+        stop = min(end, start + shape.tokens)
+        if stop == end:
+            found.add_output(end - 1, output, 0)
+        found.add_pages(bench.read(pages[start // page_size :]), start, stop)
+    return found.seen()
+
+
+def _decode(bench: _Bench, plan: _Plan, shape: Shape) -> Seen:
+    """Rows that go on from different places of the sequence, side by side; then one of them alone.
+
+    Each row reads the home pages up to its own place and writes to a page of its own; between
+    two steps all rows change places.
+    """
+    found, page_size = _Found(bench.config), bench.config.cache.page_size
+    count = len(plan.home)
+    num_rows = min(shape.rows, len(plan.spare))
+    row_pages, spare = [count - 1 - row % count for row in range(num_rows)], plan.spare.tolist()
+    rng = np.random.default_rng(shape.rows)
+    num_steps = min(page_size, max(_STEPS, min(_MAX_STEPS, _ROW_STEPS // shape.rows)))
+    ends = [min(page * page_size + num_steps, len(plan.tokens)) for page in row_pages]
+    for step in range(num_steps):
+        order = rng.permutation(shape.rows)[:num_rows].tolist()
+        batch, taken = bench.batch(shape), []
+        for row, place in enumerate(order):
+            position = row_pages[row] * page_size + step
+            if position < ends[row]:
+                _set_row(batch, place, plan, position, spare[row], page_size)
+                taken.append((position, place))
+        if not taken:
+            break
+        output = bench.run(shape, batch)
+        for position, place in taken:
+            found.add_output(position, output, place)
+    batch, place = bench.batch(shape), shape.rows - 1
+    _set_row(batch, place, plan, len(plan.tokens) - 1, spare[0], page_size)
+    found.add_output(len(plan.tokens) - 1, bench.run(shape, batch), place)
+    bits = bench.read(plan.spare[:num_rows])
+    for row, page in enumerate(row_pages):
+        found.add_pages(bits[row : row + 1], page * page_size, ends[row])
+    return found.seen()
+
+
+def _set_row(
+    batch: Batch, place: int, plan: _Plan, position: int, own: int, page_size: int
+) -> None:
+    page = position // page_size
+    batch.tokens[place, 0] = plan.tokens[position]
+    batch.starts[place], batch.lengths[place] = position, 1
+    batch.page_table[place, : page + 1] = [*plan.home[:page], own]
+    _set_sampling(batch, place, page)
+
+
+def _prefill(bench: _Bench, plan: _Plan, shape: Shape, start: int, pages: np.ndarray) -> StepOutput:
+    batch = bench.batch(shape)
+    some = plan.tokens[start : start + shape.tokens]
+    batch.tokens[0, : len(some)] = some
+    batch.starts[0], batch.lengths[0] = start, len(some)
+    batch.page_table[0, : len(pages)] = pages
+    _set_sampling(batch, 0, (start + len(some) - 1) // bench.config.cache.page_size)
+    return bench.run(shape, batch)
+
+
+def _set_sampling(batch: Batch, place: int, page: int) -> None:
+    """How the token after a place on this page is sampled: every other page is greedy."""
+    batch.seed[place] = (page, 1)
+    if page % 2:
+        for name, value in _SAMPLED.items():
+            getattr(batch, name)[place] = value
+
+
+class _Found:
+    """Collects what one program gave."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._page_size = config.cache.page_size
+        self._seen: dict[str, set[bytes]] = defaultdict(set)
+
+    def add_output(self, position: int, output: StepOutput, place: int) -> None:
+        """The token and logprob that follow a position."""
+        bits = output.tokens[place].tobytes() + output.logprobs[place].tobytes()
+        self._seen[f"output {position}"].add(bits)
+
+    def add_pages(self, bits: np.ndarray, start: int, stop: int) -> None:
+        """Keys and values of positions [start, stop); `bits` begins with the page of `start`."""
+        for position in range(start, stop):
+            page, offset = divmod(position - start, self._page_size)
+            token = bits[page, :, :, offset].tobytes()
+            self._seen[f"kv {position}"].add(hashlib.blake2b(token, digest_size=16).digest())
+
+    def seen(self) -> Seen:
+        """All of it."""
+        return {key: frozenset(values) for key, values in self._seen.items()}
+
+
+def _judge(seen: Mapping[Shape, Seen], config: EngineConfig, *, num_tokens: int) -> SelfTest:
+    """Groups the programs that agree, and picks those to keep.
+
+    The largest decode covers all slots, so it comes first and its group stays; of the prefill
+    programs those that agree with it, or where none does, those that agree with the largest one.
+    """
+    groups: list[list[Shape]] = []
+    top_first = sorted(seen, key=lambda shape: (shape.phase, -shape.rows, -shape.tokens))
+    for shape in top_first:
+        home = next((one for one in groups if _agrees(seen, shape, one)), None)
+        if home is None:
+            groups.append([shape])
+        else:
+            home.append(shape)
+    top = Shape("decode", config.row_counts[-1], 1)
+    largest = Shape("prefill", 1, config.prefill_chunks[-1])
+    decode_home, chunk_home = _home(groups, top), _home(groups, largest)
+    if any(shape.phase == "prefill" for shape in decode_home):
+        chunk_home = decode_home
+    kept = {shape for shape in decode_home if shape.phase == "decode"}
+    kept |= {shape for shape in chunk_home if shape.phase == "prefill"}
+    return SelfTest(
+        num_tokens,
+        groups=tuple(tuple(shape.name for shape in group) for group in groups),
+        unsteady=tuple(one.name for one in seen if not _is_steady(seen[one])),
+        dropped=tuple(one.name for one in seen if one not in kept),
+    )
+
+
+def _home(groups: list[list[Shape]], shape: Shape) -> list[Shape]:
+    return next(group for group in groups if shape in group)
+
+
+def _agrees(seen: Mapping[Shape, Seen], shape: Shape, group: list[Shape]) -> bool:
+    """With every member: two decodes have more in common than either has with a prefill."""
+    own = seen[shape]
+    return all(own[key] == seen[one][key] for one in group for key in own.keys() & seen[one].keys())
+
+
+def _is_steady(seen: Seen) -> bool:
+    return all(len(values) == 1 for values in seen.values())
+
+
+def _narrowed(config: EngineConfig, programs: Programs) -> EngineConfig:
+    """The config that uses these programs and no others."""
+    steps = [shape for shape in programs if shape.rows]
+    if len(steps) == len(config.row_counts) + len(config.prefill_chunks):
+        return config
+    return replace(
+        config,
+        decode_rows=tuple(one.rows for one in steps if one.phase == "decode"),
+        prefill_chunks=tuple(one.tokens for one in steps if one.phase == "prefill"),
+    )
+
+
+def _warnings(report: SelfTest) -> Iterator[str]:
+    if report.dropped:
+        yield (
+            f"{', '.join(report.dropped)} gives other bits than the rest, so it is not used: "
+            "answers stay the same beside others, and some steps cost more"
+        )
+    yield from report.broken_promises
