@@ -1,0 +1,76 @@
+"""The demo model gives real prompts the same bits alone and 32 at a time."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfer import weights
+from jaxinfer.config import Config, EngineConfig
+from jaxinfer.host.request import SamplingParams
+from jaxinfer.llm import LLM, Completion
+from tests.bits import world
+from tests.bits.world import Answer
+
+FILE = Path(__file__).parent.parent / "golden" / "spec_bench" / "prompts.jsonl"
+BATCH, NUM_TOKENS = 32, 16
+
+pytestmark = pytest.mark.skipif(
+    not weights.is_ready("smollm2-135m"), reason="the demo model is not here; scripts/demo gets it"
+)
+
+
+def prompts(llm: LLM) -> list[list[int]]:
+    lines = FILE.read_text().splitlines()
+    messages = [[{"role": "user", "content": json.loads(line)["text"]}] for line in lines]
+    return [llm.tokenizer.encode_chat(message) for message in messages]
+
+
+def sampling(number: int) -> SamplingParams:
+    """Every other prompt is answered greedily."""
+    plain = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, seed=number)
+    return plain if number % 2 else replace(plain, temperature=0.8, top_p=0.95)
+
+
+def ask(llm: LLM, many: dict[int, list[int]]) -> dict[int, Answer]:
+    """All of them at once, each with its own way of sampling."""
+    llm.engine.flush_prefix_cache()
+    requests = {number: llm._request(prompt, sampling(number)) for number, prompt in many.items()}
+    found = llm._finish(list(requests.values()))
+    return {number: _answer(one) for number, one in zip(requests, found, strict=True)}
+
+
+def _answer(completion: Completion) -> Answer:
+    return Answer(completion.token_ids, completion.logprobs, completion.finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        (12, "bfloat16"),
+        pytest.param(200, "bfloat16", marks=pytest.mark.full),
+        pytest.param(200, "float32", marks=pytest.mark.full),
+    ],
+)
+def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
+    count: int, dtype: Any
+) -> None:
+    engine = EngineConfig(num_slots=BATCH, max_seq_len=1024, compute_dtype=dtype)
+    llm = LLM(config=Config(engine=engine))
+    every = prompts(llm)
+    assert len(every) == 200
+    step = len(every) // count
+    some = {number: every[number] for number in range(0, step * count, step)}
+    numbers = list(some)
+    together: dict[int, Answer] = {}
+    for start in range(0, count, BATCH):
+        together |= ask(llm, {number: some[number] for number in numbers[start : start + BATCH]})
+    differing = {}
+    for number, prompt in some.items():
+        alone = ask(llm, {number: prompt})[number]
+        assert len(alone.tokens) == NUM_TOKENS
+        if bits := world.differing_bits(together[number], alone):
+            differing[number] = bits
+    assert not differing
