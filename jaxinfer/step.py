@@ -1,12 +1,14 @@
 """The functions that run on the device: prefill, decode, score; pure, trees in and trees out."""
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxinfer import cache as paged
 from jaxinfer import models, sampling
 from jaxinfer.cache import Cache
-from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.config import MIN_ROWS, EngineConfig, ModelConfig
 from jaxinfer.inputs import Batch, StepOutput
 from jaxinfer.kernels import paged_attention
 
@@ -23,8 +25,7 @@ def prefill(
     cache, x = _run(params, cache, batch, model=model, engine=engine)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    logits = models.module_of(model).head(params, x, config=model, exact=engine.bits == "exact")
-    out = sampling.sample(logits, batch, batch.starts + batch.lengths)
+    out = _sample(params, x, batch, model=model, exact=engine.bits == "exact")
     kept = jnp.where(batch.sample == 1, batch.slots, engine.num_slots)
     last_tokens = cache.last_tokens.at[kept].set(jnp.maximum(out.tokens, 0))
     return cache._replace(last_tokens=last_tokens), out
@@ -47,6 +48,27 @@ def score(
     cache, x = _run(params, cache, batch, model=model, engine=engine)
     exact = engine.bits == "exact"
     return cache, models.module_of(model).head(params, x, config=model, exact=exact)
+
+
+def _sample(
+    params: Params, x: Float[Array, "B D"], batch: Batch, *, model: ModelConfig, exact: bool
+) -> StepOutput:
+    """The next token of each row, from the activations of its last one.
+
+    To be exact, a few rows are made as many as the smallest decode has: XLA:CPU adds up a small
+    array in another order than a large one, in the last norm and over the vocabulary.
+    """
+    rows = len(x)
+    spare = max(0, MIN_ROWS - rows) if exact else 0
+    x, batch = lax.optimization_barrier(jax.tree.map(lambda leaf: _padded(leaf, spare), (x, batch)))
+    logits = models.module_of(model).head(params, x, config=model, exact=exact)
+    out = sampling.sample(logits, batch, batch.starts + batch.lengths)
+    return StepOutput(*(part[:rows] for part in lax.optimization_barrier(out)))
+
+
+def _padded(leaf: Array, spare: int) -> Array:
+    """With zero rows at the end."""
+    return jnp.pad(leaf, [(0, spare)] + [(0, 0)] * (leaf.ndim - 1)) if spare else leaf
 
 
 def _run(

@@ -28,7 +28,7 @@ def test_a_program_for_each_chunk_size_each_row_count_and_the_cache():
 def test_costs_add_up():
     engine = kept().engine
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.cache))
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params))
     for program in engine.programs.values():
         assert program.alias_bytes >= cache_bytes
         assert weight_bytes + cache_bytes <= program.argument_bytes

@@ -40,8 +40,8 @@ def engine():
 
 
 def test_the_parts_are_those_of_the_built_engine(engine):
-    plan = engine.memory
-    assert plan.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    plan = engine.device.memory
+    assert plan.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params))
     pages = [*engine.device.cache.k, *engine.device.cache.v]
     assert plan.cache_bytes == sum(leaf.nbytes for leaf in pages)
     assert plan.temp_bytes == max(program.temp_bytes for program in engine.programs.values())
@@ -52,9 +52,9 @@ def test_the_parts_are_those_of_the_built_engine(engine):
 def test_without_programs_only_the_temporaries_are_an_estimate(engine):
     plan = plan_memory(tiny.MODEL, engine.config)
     assert plan.is_temp_estimate
-    assert plan.weight_bytes == engine.memory.weight_bytes
-    assert plan.cache_bytes == engine.memory.cache_bytes
-    assert 0.5 < plan.temp_bytes / engine.memory.temp_bytes < 2
+    assert plan.weight_bytes == engine.device.memory.weight_bytes
+    assert plan.cache_bytes == engine.device.memory.cache_bytes
+    assert 0.5 < plan.temp_bytes / engine.device.memory.temp_bytes < 2
 
 
 @pytest.mark.parametrize("shape", MEASURED_TEMPS, ids=lambda shape: shape.name)

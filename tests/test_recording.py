@@ -14,7 +14,6 @@ from jaxinfer.host import snapshot as snapshots
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.snapshot import Saved, Snapshot
 from jaxinfer.runner import EngineThread
-from jaxinfer.store import find_store
 from tests import tiny
 from tests.bits import world
 
@@ -23,8 +22,8 @@ CONFIG = world.make_config("float32", num_slots=4, decode_rows=(), cache=POOL)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return find_store(tmp_path_factory.mktemp("programs"))
+def store():
+    return tiny.store()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from jaxinfer.host.journalled import record
 from jaxinfer.host.scenario import Event, Scenario
 from jaxinfer.host.segments import Segment
 from jaxinfer.replay import Conditions, on_model, on_schedule
-from jaxinfer.store import Store, find_store
+from jaxinfer.store import Store
 from tests import tiny
 from tests.bits import world
 
@@ -29,8 +29,8 @@ CONFIG = world.make_config(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store | None:
-    return find_store(tmp_path_factory.mktemp("programs"))
+def store() -> Store | None:
+    return tiny.store()
 
 
 def build(store, conditions=None, **changes):

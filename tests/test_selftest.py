@@ -12,7 +12,7 @@ from jaxinfer import selftest
 from jaxinfer.compile import ALLOCATE, READ_PAGES
 from jaxinfer.config import CacheConfig
 from jaxinfer.engine import Engine
-from jaxinfer.inputs import unpack
+from jaxinfer.inputs import packed_width, unpack
 from jaxinfer.store import Shape, StoreAhead, open_store
 from tests import tiny
 from tests.closed_world import kept, make_engine
@@ -75,9 +75,12 @@ def flip_when_alone(cache, output, packed):
 
 
 def flip_values(cache, output, packed):
-    """The last bit of one value of what the last layer has stored."""
-    pages = np.array(cache.v[-1])
-    pages.view(np.uint32)[1, :, 1, 3] ^= 1
+    """The last bit of one value that each row stores for its first token."""
+    tokens = 1 if len(packed) > 1 else packed.shape[1] - packed_width(0, CONFIG.pages_per_seq)
+    batch, pages = unpack(packed, tokens=tokens), np.array(cache.v[-1])
+    for row in np.flatnonzero(batch.lengths):
+        page, offset = divmod(batch.starts[row], CONFIG.cache.page_size)
+        pages.view(np.uint32)[1, batch.page_table[row, page], offset, 3] ^= 1
     return cache._replace(v=(*cache.v[:-1], jax.device_put(pages))), output
 
 

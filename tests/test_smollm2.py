@@ -85,7 +85,7 @@ def test_tokenizer_and_template_give_the_reference_tokens(llm):
 
 def test_float32_logits_at_the_last_prompt_token(llm):
     reference = np.load(FOLDER / "logits.npz")["logits"]
-    found = logits_of("float32", [item["ids"] for item in ITEMS], llm.engine.params)
+    found = logits_of("float32", [item["ids"] for item in ITEMS], llm.engine.device.params)
     for logits, expected in zip(found, reference, strict=True):
         assert np.abs(logits[-1] - expected).max() < 2e-3
         assert logits[-1].argmax() == expected.argmax()
@@ -114,7 +114,7 @@ def test_stops_at_the_end_token_where_the_reference_does(llm):
 
 
 def test_bfloat16_agrees_with_float32_on_95_steps_in_100(llm):
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llm.engine.params)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llm.engine.device.params)
     fed = [item["ids"] + item["out_ids"][:-1] for item in ITEMS]
     agree = []
     for item, logits in zip(ITEMS, logits_of("bfloat16", fed, params), strict=True):

@@ -1,8 +1,12 @@
 """A tiny random model, and the shortest ways to run it: shared by the tests of steps and engine."""
 
+import atexit
 import functools
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +16,7 @@ from jaxinfer import models, spec
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Output, Request, SamplingParams
+from jaxinfer.store import Store, find_store
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -67,9 +72,17 @@ def params(dtype: str = "float32", model: ModelConfig = MODEL) -> Any:
     return jax.tree.map(lambda leaf: (3 * leaf).astype(dtype), tree)
 
 
+@functools.cache
+def store() -> Store | None:
+    """Compiled programs that tests of one run share."""
+    folder = Path(tempfile.mkdtemp(prefix="jaxinfer-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return find_store(folder / "programs")
+
+
 def make_engine(**changes: Any) -> Engine:
     config = engine_config(**changes)
-    return Engine(params(config.compute_dtype), MODEL, TokenText(), config)
+    return Engine(params(config.compute_dtype), MODEL, TokenText(), config, store=store())
 
 
 def make_request(name: str, prompt: Any, **sampling: Any) -> Request:

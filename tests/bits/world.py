@@ -75,7 +75,8 @@ def shared_engine(dtype: str, setup: int = 0) -> Engine:
 def make_engine(dtype: str, **changes: Any) -> Engine:
     """An engine whose programs all agree: its self-test has dropped none."""
     config = make_config(dtype, **changes)
-    engine = Engine(tiny.params(dtype, MODEL), MODEL, tiny.TokenText(), config)
+    params = tiny.params(dtype, MODEL)
+    engine = Engine(params, MODEL, tiny.TokenText(), config, store=tiny.store())
     assert engine.config == config, "all programs agree, so the self-test dropped none"
     return engine
 
