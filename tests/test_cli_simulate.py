@@ -11,7 +11,7 @@ from jaxinfer.host.cost_model import CostModel, simulate, to_json
 from jaxinfer.host.workload import NAMED, SLO, draw
 from tests import cli_model
 
-COST = CostModel(step_s=0.01, chunk_s=0.005, prefill_token_s=0.0005, context_token_s=1e-6)
+COST = CostModel(step_s=0.01, chunks=((32, 0.021), (512, 0.261)), context_token_s=1e-6)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def table(report: Report) -> Table:
     error = report.cost.relative_error
     title = (
         f"{report.model}: the simulator against the server; fitted to {report.num_steps} steps, "
-        f"each within {error:.0%}"
+        f"half of them within {error:.0%}"
     )
     found = Table("workload", "figure", "predicted", "measured", "error", "within 15 %")
     found.title, found.title_justify = title, "left"

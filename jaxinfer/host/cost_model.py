@@ -1,7 +1,9 @@
 """How long steps take, fitted to recorded ones, and what a workload would then see.
 
-    t = step + chunk * chunks + prefill * tokens + prefill_context * tokens * context
-             + context * read + row * rows
+    t = step + sum of chunk[size] + prefill_context * tokens * context + context * read + row * rows
+
+A chunk's program has a fixed size, and its time is no line over sizes: a small one waits for the
+weights as a decode does, a large one computes.
 
 The real scheduler runs in virtual time: a step ends when the one before it has ended and its own
 time has passed, and its tokens are read one step late, as the engine does.
@@ -13,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +29,16 @@ from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.workload import SLO, Arrival, Prediction, Timeline, Workload, summarise
 
-_FIT_ROUNDS = 5
+_FIT_ROUNDS = 10
+_HUBER = 2.0  # errors from so many medians on count by their size, not its square
+_TINY = 1e-6
 _OWN_TOKENS = 2**24  # token ids from here on are in no shared prefix
 
 
 class Work(NamedTuple):
     """What the time of one step depends on."""
 
-    num_chunks: int
-    prefill_tokens: int  # padding included, as the program computes it
+    sizes: tuple[int, ...]  # of the chunks, padding included, as the programs compute them
     prefill_context: int  # tokens of each chunk times the context that they see
     context: int  # tokens that the decode reads: its rows times its longest context, in blocks
     rows: int  # of the decode program, padding included
@@ -53,8 +56,8 @@ class CostModel:
     """Seconds per unit of each thing that a step does."""
 
     step_s: float
-    chunk_s: float = 0.0
-    prefill_token_s: float = 0.0
+    chunks: tuple[tuple[int, float], ...] = ()
+    """The seconds of one chunk by its size, ascending; other sizes lie between or in proportion."""
     prefill_context_s: float = 0.0
     context_token_s: float = 0.0
     row_s: float = 0.0
@@ -63,14 +66,24 @@ class CostModel:
     edge_s: float = 0.0
     """Between client and engine, both ways together: a request arrives so much after it is sent."""
     relative_error: float = 0.0
-    """Of the steps that it was fitted to: root of the mean square."""
+    """Of the steps that it was fitted to: the median."""
 
     def seconds(self, work: Work) -> float:
         """The time of one step."""
-        return float(np.dot(self._coefficients(), (1, *work)))
+        return (
+            self.step_s
+            + sum(map(self.chunk_s, work.sizes))
+            + self.prefill_context_s * work.prefill_context
+            + self.context_token_s * work.context
+            + self.row_s * work.rows
+        )
 
-    def _coefficients(self) -> tuple[float, ...]:
-        return astuple(self)[: len(Work._fields) + 1]
+    def chunk_s(self, size: int) -> float:
+        """The time of one chunk, its context apart."""
+        if not self.chunks:
+            return 0.0
+        sizes, times = zip(*self.chunks, strict=True)
+        return float(np.interp(size, sizes, times)) * max(1.0, size / sizes[-1])
 
 
 def to_json(cost: CostModel) -> str:
@@ -80,18 +93,20 @@ def to_json(cost: CostModel) -> str:
 
 def from_json(text: str) -> CostModel:
     """Reads `to_json` back; raises ConfigError where it is anything else."""
-    known = [field.name for field in fields(CostModel)]
+    known = [field.name for field in fields(CostModel) if field.name != "chunks"]
     try:
         found = json.loads(text)
+        chunks = tuple((int(size), float(time)) for size, time in found.pop("chunks"))
         values = {name: float(value) for name, value in found.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"no cost model: {error}") from error
     wrong = sorted(values.keys() ^ set(known))
     if wrong:
         raise ConfigError(f"a cost model has {', '.join(known)}; {', '.join(wrong)} differ")
-    cost = CostModel(**values)
-    is_finite = all(0 <= value < math.inf for value in values.values())
-    if not is_finite or not any(cost._coefficients()):
+    cost = CostModel(**values, chunks=chunks)
+    times = [time for _, time in chunks]
+    is_finite = all(0 <= value < math.inf for value in (*values.values(), *times))
+    if not is_finite or not cost.seconds(Work((1,), 1, 1, 1)):
         raise ConfigError("every cost must be finite and at least 0, and those of a step not all 0")
     return cost
 
@@ -130,8 +145,7 @@ def work_of(plan: Plan, config: EngineConfig) -> Work:
         context = rows * -(-longest // block) * block
     ends = [-(-(chunk.start + chunk.length) // block) * block for chunk in plan.chunks]
     return Work(
-        num_chunks=len(plan.chunks),
-        prefill_tokens=sum(chunk.size for chunk in plan.chunks),
+        sizes=tuple(chunk.size for chunk in plan.chunks),
         prefill_context=sum(chunk.size * end for chunk, end in zip(plan.chunks, ends, strict=True)),
         context=context,
         rows=rows,
@@ -142,23 +156,39 @@ def fit(records: Iterable[StepRecord], *, host_s: float = 0.0, edge_s: float = 0
     """The model with the least error relative to what it predicts, and no negative term.
 
     Errors are not taken relative to what was measured: a step that seems short because the host
-    was late for the one before would then count most. Terms that the records can't tell apart, or
-    that would be negative, are left out one by one.
+    was late for the one before would then count most; those far off count less (Huber 1964). Terms
+    that the records can't tell apart, or that would be negative, are left out one by one.
     """
     kept = [record for record in records if record.seconds > 0]
     if not kept:
         raise ConfigError("no step was recorded; a cost model needs at least one")
     seconds = np.array([record.seconds for record in kept])
-    features = np.array([(1, *record.work) for record in kept], np.float64)
+    sizes = sorted({size for record in kept for size in record.work.sizes})
+    features = np.array(
+        [(1, *map(record.work.sizes.count, sizes), *record.work[1:]) for record in kept],
+        np.float64,
+    )
     features[:, 1:] *= np.ptp(features[:, 1:], axis=0) > 0  # one value only: part of step_s
     predicted = np.full(len(kept), seconds.mean())
-    coefficients = np.zeros(features.shape[1])
+    coefficients, trust = np.zeros(features.shape[1]), np.ones(len(kept))
     for _ in range(_FIT_ROUNDS):
-        coefficients = _least_squares(features / predicted[:, None], seconds / predicted)
+        weights = trust / predicted
+        coefficients = _least_squares(features * weights[:, None], seconds * weights)
         predicted = np.maximum(features @ coefficients, seconds.mean() / 100)
-    error = float(np.sqrt(np.mean((seconds / predicted - 1) ** 2)))
-    model = CostModel(*coefficients.tolist())
-    return replace(model, host_s=host_s, edge_s=edge_s, relative_error=error)
+        errors = np.abs(seconds / predicted - 1)
+        usual = max(_HUBER * float(np.median(errors)), _TINY)
+        trust = np.sqrt(usual / np.maximum(errors, usual))
+    step_s, *chunks, prefill_context_s, context_token_s, row_s = coefficients.tolist()
+    return CostModel(
+        step_s=step_s,
+        chunks=tuple(zip(sizes, chunks, strict=True)),
+        prefill_context_s=prefill_context_s,
+        context_token_s=context_token_s,
+        row_s=row_s,
+        host_s=host_s,
+        edge_s=edge_s,
+        relative_error=float(np.median(errors)),
+    )
 
 
 def _least_squares(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -40,18 +40,16 @@ CONFIG = EngineConfig(
     attention_block=16,
     cache=CacheConfig(page_size=16),
 )
-COST = CostModel(
-    step_s=0.010, chunk_s=0.004, prefill_token_s=0.0005, context_token_s=1e-6, row_s=0.001
-)
+COST = CostModel(step_s=0.010, chunks=((16, 0.012), (64, 0.036)), context_token_s=1e-6, row_s=0.001)
 LONE = Workload((Arrival(0.0, 60, 5),))
 
 
 def random_works(count, *, seed=0):
     rng = random.Random(seed)
     for _ in range(count):
-        chunks = rng.randint(0, 3)
-        tokens = chunks * rng.choice([16, 64])
-        yield Work(chunks, tokens, tokens * rng.choice([16, 64, 128]), rng.randint(0, 4000), 8)
+        sizes = tuple(rng.choice([16, 64]) for _ in range(rng.randint(0, 3)))
+        context = sum(sizes) * rng.choice([16, 64, 128])
+        yield Work(sizes, context, rng.randint(0, 4000), 8)
 
 
 def test_a_fit_finds_the_costs_that_made_the_records():
@@ -65,14 +63,21 @@ def test_a_fit_of_noisy_records_has_no_negative_term_and_is_near():
     rng = random.Random(2)
     works = list(random_works(2000))
     cost = fit(StepRecord(work, COST.seconds(work) * rng.uniform(0.8, 1.25)) for work in works)
-    assert min(cost._coefficients()) >= 0
+    assert (
+        min(
+            dataclasses.astuple(cost)[0],
+            *(time for _, time in cost.chunks),
+            *dataclasses.astuple(cost)[2:],
+        )
+        >= 0
+    )
     assert 0.05 < cost.relative_error < 0.3
     for work in works[:50]:
         assert cost.seconds(work) == pytest.approx(COST.seconds(work), rel=0.08)
 
 
 def test_a_fit_of_one_kind_of_step_is_its_mean_and_of_none_is_refused():
-    cost = fit([StepRecord(Work(0, 0, 0, 128, 8), 0.5)] * 3)
+    cost = fit([StepRecord(Work((), 0, 128, 8), 0.5)] * 3)
     assert cost.step_s == pytest.approx(0.5)
     with pytest.raises(ConfigError, match="no step was recorded"):
         fit([])
@@ -80,7 +85,7 @@ def test_a_fit_of_one_kind_of_step_is_its_mean_and_of_none_is_refused():
 
 def test_a_lone_request_takes_its_prefill_and_its_decodes():
     seen = simulate(LONE, CONFIG, COST)
-    first = 0.010 + 0.004 + 64 * 0.0005 + 8 * 0.001 + 8 * 64 * 1e-6
+    first = 0.010 + 0.036 + 8 * 0.001 + 8 * 64 * 1e-6
     assert seen.ttft_s.mean == pytest.approx(first)
     assert seen.num_requests == 1 and seen.num_refused == 0
     decodes = [0.0, *(0.018 + 8 * context * 1e-6 for context in (64, 64, 64))]
@@ -151,8 +156,8 @@ def test_a_recorder_counts_from_dispatch_or_from_the_step_before():
     for _ in range(3):
         loop.step()
     first, second = recorder.records
-    assert first == (Work(1, 64, 64 * 48, 8 * 48, 8), 4.0)
-    assert second == (Work(0, 0, 0, 8 * 48, 8), 1.5)
+    assert first == (Work((64,), 64 * 48, 8 * 48, 8), 4.0)
+    assert second == (Work((), 0, 8 * 48, 8), 1.5)
 
 
 def test_a_cost_model_survives_its_file_and_others_are_refused():
@@ -195,3 +200,18 @@ def test_a_workload_is_drawn_within_its_bounds_and_the_same_every_time():
 def test_a_workload_that_makes_no_sense_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(WorkloadSpec(4, 2), **changes)
+
+
+def test_a_chunk_of_another_size_lies_between_or_in_proportion():
+    assert [COST.chunk_s(size) for size in (8, 16, 40, 64, 128)] == pytest.approx(
+        [0.012, 0.012, 0.024, 0.036, 0.072]
+    )
+    assert CostModel(1.0).chunk_s(8) == 0.0
+
+
+def test_a_few_steps_that_were_held_up_hardly_count():
+    works = list(random_works(300))
+    times = [COST.seconds(work) * (20 if at % 25 == 0 else 1) for at, work in enumerate(works)]
+    cost = fit(map(StepRecord, works, times))
+    for work in works[:50]:
+        assert cost.seconds(work) == pytest.approx(COST.seconds(work), rel=0.05)
