@@ -11,6 +11,7 @@ from jaxinfer.cache import Cache
 from jaxinfer.config import MIN_ROWS, EngineConfig, ModelConfig
 from jaxinfer.inputs import Batch, StepOutput
 from jaxinfer.kernels import paged_attention
+from jaxinfer.kernels.paged_attention import MIN_ELEMENTS, is_lone
 
 Params = object
 
@@ -55,20 +56,31 @@ def _sample(
 ) -> StepOutput:
     """The next token of each row, from the activations of its last one.
 
-    To be exact, a few rows are made as many as the smallest decode has: XLA:CPU adds up a small
-    array in another order than a large one, in the last norm and over the vocabulary.
+    XLA:CPU computes small arrays by other code than large ones. To be exact, a few rows go through
+    the last norm as many as the smallest decode has, and are drawn from in an array that is large.
     """
     rows = len(x)
     spare = max(0, MIN_ROWS - rows) if exact else 0
-    x, batch = lax.optimization_barrier(jax.tree.map(lambda leaf: _padded(leaf, spare), (x, batch)))
+    x, batch = lax.optimization_barrier(
+        jax.tree.map(lambda leaf: _resized(leaf, rows + spare), (x, batch))
+    )
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
-    out = sampling.sample(logits, batch, batch.starts + batch.lengths)
-    return StepOutput(*(part[:rows] for part in lax.optimization_barrier(out)))
+    few = min(rows + spare, -(-MIN_ELEMENTS // model.vocab_size)) if exact else 1
+
+    def draw(count: int) -> StepOutput:
+        some = jax.tree.map(lambda leaf: leaf[:count], batch)
+        drawn = sampling.sample(logits[:count], some, some.starts + some.lengths)
+        return jax.tree.map(lambda leaf: _resized(leaf, rows), lax.optimization_barrier(drawn))
+
+    if rows == 1:
+        return draw(few)
+    return lax.cond(is_lone(batch.lengths), lambda: draw(few), lambda: draw(rows))
 
 
-def _padded(leaf: Array, spare: int) -> Array:
-    """With zero rows at the end."""
-    return jnp.pad(leaf, [(0, spare)] + [(0, 0)] * (leaf.ndim - 1)) if spare else leaf
+def _resized(leaf: Array, count: int) -> Array:
+    """The first `count` rows, with zero rows at the end where there are fewer."""
+    spare = max(0, count - len(leaf))
+    return jnp.pad(leaf, [(0, spare)] + [(0, 0)] * (leaf.ndim - 1)) if spare else leaf[:count]
 
 
 def _run(

