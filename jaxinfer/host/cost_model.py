@@ -41,7 +41,7 @@ class Work(NamedTuple):
     sizes: tuple[int, ...]  # of the chunks, padding included, as the programs compute them
     prefill_context: int  # tokens of each chunk times the context that they see
     context: int  # tokens that the decode reads: its rows times its longest context, in blocks
-    rows: int  # of the decode program, padding included
+    rows: int  # of the decode program, padding included; 1 where one sequence is alone
 
 
 class StepRecord(NamedTuple):
@@ -141,6 +141,7 @@ def work_of(plan: Plan, config: EngineConfig) -> Work:
     rows = context = 0
     if plan.decodes:
         rows = next(rows for rows in config.row_counts if rows >= len(plan.decodes))
+        rows = 1 if len(plan.decodes) == 1 else rows  # a lone row reads and draws for itself only
         longest = max(sequence.num_stored for sequence in plan.decodes)
         context = rows * -(-longest // block) * block
     ends = [-(-(chunk.start + chunk.length) // block) * block for chunk in plan.chunks]

@@ -85,10 +85,10 @@ def test_a_fit_of_one_kind_of_step_is_its_mean_and_of_none_is_refused():
 
 def test_a_lone_request_takes_its_prefill_and_its_decodes():
     seen = simulate(LONE, CONFIG, COST)
-    first = 0.010 + 0.036 + 8 * 0.001 + 8 * 64 * 1e-6
+    first = 0.010 + 0.036 + 0.001 + 64 * 1e-6
     assert seen.ttft_s.mean == pytest.approx(first)
     assert seen.num_requests == 1 and seen.num_refused == 0
-    decodes = [0.0, *(0.018 + 8 * context * 1e-6 for context in (64, 64, 64))]
+    decodes = [0.0, *(0.011 + context * 1e-6 for context in (64, 64, 64))]
     assert seen.e2e_s.mean == pytest.approx(first + sum(decodes))
     assert seen.tpot_s.mean == pytest.approx(sum(decodes) / 4)
     assert seen.output_tokens_per_s == pytest.approx(5 / seen.duration_s)
@@ -156,8 +156,8 @@ def test_a_recorder_counts_from_dispatch_or_from_the_step_before():
     for _ in range(3):
         loop.step()
     first, second = recorder.records
-    assert first == (Work((64,), 64 * 48, 8 * 48, 8), 4.0)
-    assert second == (Work((), 0, 8 * 48, 8), 1.5)
+    assert first == (Work((64,), 64 * 48, 48, 1), 4.0)
+    assert second == (Work((), 0, 48, 1), 1.5)
 
 
 def test_a_cost_model_survives_its_file_and_others_are_refused():
