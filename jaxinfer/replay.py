@@ -10,9 +10,10 @@ import jax
 
 from jaxinfer.engine import Engine
 from jaxinfer.errors import EngineFailed, JournalRefused
-from jaxinfer.host.journal import Memory, Record, Recorder, request_from_plain
+from jaxinfer.host.journal import Memory, Recorder
 from jaxinfer.host.loop import Phase
 from jaxinfer.host.pace import Pace
+from jaxinfer.host.plain import Record, request_from_plain
 from jaxinfer.host.rehearsal import Difference, Rehearsal, compare, num_tokens
 from jaxinfer.host.segments import Segment
 
@@ -91,6 +92,8 @@ def on_model(
                 engine.cancel(names[order])
             case ["flush"]:
                 engine.flush_prefix_cache()
+            case _:
+                raise JournalRefused(f"the journal has an event that is unknown here: {event[:1]}")
 
     def step(record: Record) -> Record:
         conditions.begin(record)

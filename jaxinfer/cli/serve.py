@@ -67,6 +67,7 @@ def serve(
             "num_programs": loaded.engine.stats().num_programs,
             "load_s": round(load_s, 3),
             "num_restored": len(resumed.requests),
+            "exact_bits": loaded.engine.self_test.is_exact,
             "config": config.digest(settings),
         }
         print(json.dumps({"event": "ready", **facts}) if as_json else hello(facts), flush=True)

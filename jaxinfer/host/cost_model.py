@@ -171,13 +171,15 @@ def fit(records: Iterable[StepRecord], *, host_s: float = 0.0, edge_s: float = 0
     )
     features[:, 1:] *= np.ptp(features[:, 1:], axis=0) > 0  # one value only: part of step_s
     predicted = np.full(len(kept), seconds.mean())
+    typical = 0.0
     coefficients, trust = np.zeros(features.shape[1]), np.ones(len(kept))
     for _ in range(_FIT_ROUNDS):
         weights = trust / predicted
         coefficients = _least_squares(features * weights[:, None], seconds * weights)
         predicted = np.maximum(features @ coefficients, seconds.mean() / 100)
         errors = np.abs(seconds / predicted - 1)
-        usual = max(_HUBER * float(np.median(errors)), _TINY)
+        typical = float(np.median(errors))
+        usual = max(_HUBER * typical, _TINY)
         trust = np.sqrt(usual / np.maximum(errors, usual))
     step_s, *chunks, prefill_context_s, context_token_s, row_s = coefficients.tolist()
     return CostModel(
@@ -188,7 +190,7 @@ def fit(records: Iterable[StepRecord], *, host_s: float = 0.0, edge_s: float = 0
         row_s=row_s,
         host_s=host_s,
         edge_s=edge_s,
-        relative_error=float(np.median(errors)),
+        relative_error=typical,
     )
 
 

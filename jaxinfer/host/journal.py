@@ -8,7 +8,6 @@ replay; all the rest is compared.
      "got": [[6, [5, 81], 1938]], "ended": [[2, "length", 48]]}
 """
 
-import dataclasses
 import zlib
 from collections import deque
 from collections.abc import Sequence as Items
@@ -17,15 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.host.loop import Phase
 from jaxinfer.host.pace import Pace
+from jaxinfer.host.plain import Record, request_to_plain
 from jaxinfer.host.plan import Plan
-from jaxinfer.host.request import Request, SamplingParams
 from jaxinfer.host.sequence import Sequence
 
 FORMAT = 1
-Record = dict[str, Any]
 
 
 @runtime_checkable
@@ -119,8 +116,8 @@ class Recorder:
         self._record["plan"] = {name: part for name, part in parts.items() if part}
         if decodes != self._decodes:
             self._record["plan"]["decodes"] = self._decodes = decodes
-        for order, _, shared in parts["admit"]:
-            self._num_pages[order] = len(shared)
+        for sequence, _, shared in plan.admit:
+            self._num_pages[sequence.order] = len(shared)
 
     def booked(self, plan: Plan) -> None:
         """The plan has its pages, and goes to the device."""
@@ -196,7 +193,7 @@ class Veil:
 
     def follow(self, orders: Items[int], tokens: Items[int]) -> list[int]:
         """The stand-ins of one step's tokens; those of sequences that have ended are 0."""
-        found = []
+        found: list[int] = []
         for order, token in zip(orders, tokens, strict=True):
             if token >= 0 and order in self._states:
                 self._states[order], (token,) = self._cover(self._states[order], [token])
@@ -219,7 +216,7 @@ class Veil:
     def cover_state(self, state: Record) -> Record:
         """A state of host.state with stand-ins."""
         ends: dict[int, bytes] = {-1: b""}  # page -> what its tokens lead to
-        known = []
+        known: list[Any] = []
         for page, parent, salt, tokens in state["known"]:
             ends[page], covered = self._cover(ends[parent], tokens)
             known.append([page, parent, self._name(salt), covered])
@@ -234,7 +231,7 @@ class Veil:
         return state | {"known": known, "sequences": sequences}
 
     def _cover(self, before: bytes, tokens: Items[int]) -> tuple[bytes, list[int]]:
-        covered = []
+        covered: list[int] = []
         for token in tokens:
             text = before + token.to_bytes(4, "little")
             before = blake2b(text, key=self._key, digest_size=16).digest()
@@ -243,28 +240,3 @@ class Veil:
 
     def _name(self, salt: str) -> str:
         return blake2b(salt.encode(), key=self._key, digest_size=8).hexdigest()
-
-
-def config_from_plain(plain: Record) -> EngineConfig:
-    """An engine's settings from JSON values; what they don't say is as it is by default."""
-    given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()
-    }
-    return EngineConfig(**given | {"cache": CacheConfig(**plain["cache"])})
-
-
-def request_to_plain(request: Request) -> Record:
-    """A request as JSON values; what is unset is left out."""
-    plain = dataclasses.asdict(request)
-    sampling = {name: value for name, value in plain["sampling"].items() if value not in (None, ())}
-    return plain | {"sampling": sampling}
-
-
-def request_from_plain(plain: Record) -> Request:
-    """The request again."""
-    sampling = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in plain["sampling"].items()
-    }
-    given = plain | {"prompt": tuple(plain["prompt"]), "sampling": SamplingParams(**sampling)}
-    return Request(**given)

@@ -5,17 +5,13 @@ What is compared is compared here for every kind of replay.
 
 from typing import Any, NamedTuple
 
+from jaxinfer.errors import JournalRefused
 from jaxinfer.host import state
 from jaxinfer.host.batch import SlotTable
-from jaxinfer.host.journal import (
-    Memory,
-    Record,
-    Recorder,
-    config_from_plain,
-    request_from_plain,
-)
+from jaxinfer.host.journal import Memory, Recorder
 from jaxinfer.host.loop import Loop, Phase, Sampled
 from jaxinfer.host.pace import Pace
+from jaxinfer.host.plain import Record, engine_from_plain, request_from_plain
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.scheduler import Scheduler
@@ -95,7 +91,7 @@ class Rehearsal:
         self._live: dict[int, Sequence] = {}
         self.memory = Memory()
         self._recorder = Recorder(self.memory)
-        config = config_from_plain(header["engine"])
+        config = engine_from_plain(header["engine"])
         eos = () if self._is_veiled else tuple(header["eos_token_ids"])
         self._table = None if self._is_veiled else SlotTable(config, eos_token_ids=eos)
         self.scheduler = Scheduler(config, eos_token_ids=eos)
@@ -153,6 +149,8 @@ class Rehearsal:
             case ["flush"]:
                 self._recorder.flushed()
                 self.scheduler.prefix.flush()
+            case _:
+                raise JournalRefused(f"the journal has an event that is unknown here: {event[:1]}")
 
     def _dispatch(self, plan: Plan) -> int:
         self._recorder.booked(plan)

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
-from jaxinfer.config import CacheConfig, EngineConfig
-from jaxinfer.host.request import Request, SamplingParams
+from jaxinfer.config import EngineConfig
+from jaxinfer.host.plain import engine_from_plain, request_from_plain, tuples
+from jaxinfer.host.request import Request
 
 Kind = Literal["submit", "cancel", "time", "step", "drain", "fail", "nan", "flush"]
 Phase = Literal["", "dispatched", "read", "taken"]
@@ -60,17 +61,11 @@ class Scenario:
     def from_json(text: str) -> "Scenario":
         """The scenario in a text."""
         plain = json.loads(text)
-        config = plain.pop("config")
-        cache = CacheConfig(**config.pop("cache"))
-        requests = [
-            Request(**_tuples(entry | {"sampling": SamplingParams(**_tuples(entry["sampling"]))}))
-            for entry in plain.pop("requests")
-        ]
         return Scenario(
-            config=EngineConfig(**_tuples(config), cache=cache),
-            requests=tuple(requests),
+            config=engine_from_plain(plain.pop("config")),
+            requests=tuple(map(request_from_plain, plain.pop("requests"))),
             events=tuple(Event(*event) for event in plain.pop("events")),
-            **_tuples(plain),
+            **tuples(plain),
         )
 
 
@@ -106,10 +101,3 @@ def _without_idle_requests(scenario: Scenario, fails: Callable[[Scenario], bool]
         ),
     )
     return smaller if fails(smaller) else scenario
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(cast(list[Any], value)) if isinstance(value, list) else value
-        for name, value in values.items()
-    }

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxinfer.errors import JournalRefused
-from jaxinfer.host.journal import FORMAT, Record
+from jaxinfer.host.journal import FORMAT
+from jaxinfer.host.plain import Record
 
 _PATTERN = "journal-*.jsonl"
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxinfer.errors import SnapshotRefused
-from jaxinfer.host.journal import Record, request_from_plain, request_to_plain
+from jaxinfer.host.plain import Record, request_from_plain, request_to_plain
 from jaxinfer.host.request import Request
 
 FORMAT = 1

@@ -7,7 +7,7 @@ the sequences that hold a slot, and `prefix.chains()`.
 from typing import Any
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.host.journal import request_from_plain, request_to_plain
+from jaxinfer.host.plain import request_from_plain, request_to_plain
 from jaxinfer.host.prefix import KnownPage
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence

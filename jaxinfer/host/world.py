@@ -47,7 +47,7 @@ class World:
         self.pace = Pace(*scenario.pace)
         self.now_s = 0.0
         self.num_events: int = 0
-        self.num_failures = 0
+        self.num_failures: int = 0
         self.sequences: list[Sequence] = []  # by order of arrival
         self.indices: list[int] = []  # of their requests
         self.live: dict[int, Sequence] = {}  # request index -> sequence
