@@ -13,7 +13,7 @@ from jaxinfer.errors import EngineFailed, JournalRefused
 from jaxinfer.host.journal import Memory, Recorder
 from jaxinfer.host.loop import Phase
 from jaxinfer.host.pace import Pace
-from jaxinfer.host.plain import Record, request_from_plain
+from jaxinfer.host.plain import Record, engine_from_plain, request_from_plain
 from jaxinfer.host.rehearsal import Difference, Rehearsal, compare, num_tokens
 from jaxinfer.host.segments import Segment
 
@@ -103,8 +103,12 @@ def on_model(
             engine.step(drain="drain" in record, pace=conditions.pace)
         return memory.records.pop()
 
-    compared = "plan, page, batch, token and log probability" if tokens else "plan and page"
-    return _run(segment, step, tokens=tokens, compared=compared, progress=progress)
+    batches = engine_from_plain(segment.header["engine"]) == engine.config
+    compared = "plan and page"
+    if tokens:
+        between = ", batch, " if batches else ", "
+        compared = f"plan, page{between}token and log probability"
+    return _run(segment, step, tokens=tokens, batches=batches, compared=compared, progress=progress)
 
 
 def check_kept(segment: Segment) -> None:
@@ -132,12 +136,13 @@ def _run(
     *,
     tokens: bool,
     compared: str,
+    batches: bool = True,
     progress: Progress,
 ) -> Report:
     started_s = time.monotonic()
     difference, count = None, 0
     for count, record in enumerate(segment.records, start=1):
-        difference = compare(record, step(record), tokens=tokens)
+        difference = compare(record, step(record), tokens=tokens, batches=batches)
         progress("replay", count, len(segment.records))
         if difference is not None:
             break

@@ -13,6 +13,7 @@ from jaxinfer import config
 from jaxinfer.cli import progress
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.host import segments
+from jaxinfer.host.plain import engine_from_plain
 from jaxinfer.host.rehearsal import names
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def _on_model(found: "Segment", common: Common, show: progress.Show) -> tuple["R
     is_same_model = recording.identity(loaded.model, loaded.name) == found.header["identity"]
     if not is_same_model:
         notes.append("the model is another one: only the schedule was compared")
+    elif engine_from_plain(found.header["engine"]) != loaded.engine.config:
+        notes.append("the engine's settings are not those of the journal: batches are not compared")
     elif recording.programs_digest(loaded.engine) != found.header["programs"]:
         notes.append("the programs are not those of the journal: other ones may give other bits")
     report = on_model(found, loaded.engine, conditions, tokens=is_same_model, progress=show)

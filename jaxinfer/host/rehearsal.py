@@ -37,10 +37,13 @@ class DeviceFailed(Exception):
     """The journal says that the device failed here."""
 
 
-def compare(was: Record, now: Record, *, tokens: bool = True) -> Difference | None:
+def compare(
+    was: Record, now: Record, *, tokens: bool = True, batches: bool = True
+) -> Difference | None:
     """The first difference between two records of a step, or None.
 
     Without `tokens` only the schedule counts: another model, or the same without its tokens.
+    Without `batches` it may be packed otherwise: other settings of the engine.
     """
     step = was["step"]
     before, after = was.get("plan", {}), now.get("plan", {})
@@ -51,7 +54,7 @@ def compare(was: Record, now: Record, *, tokens: bool = True) -> Difference | No
     for name in ("failed", "drain", "pages"):
         if was.get(name) != now.get(name):
             return Difference(step, name, was.get(name), now.get(name))
-    if tokens and "batch" in was and was["batch"] != now.get("batch"):
+    if tokens and batches and "batch" in was and was["batch"] != now.get("batch"):
         return Difference(step, "batch (checksum)", was["batch"], now.get("batch"))
     if tokens:
         found = _compare_tokens(step, was.get("got", []), now.get("got", []))
