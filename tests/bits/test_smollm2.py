@@ -74,3 +74,23 @@ def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
         if bits := world.differing_bits(together[number], alone):
             differing[number] = bits
     assert not differing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefill_of_each_prefix_samples_what_a_decode_did(dtype: Any) -> None:
+    """What a preemption, a failure or a restart computes again: one row here, eight there."""
+    llm = LLM(config=Config(engine=EngineConfig(max_seq_len=512, compute_dtype=dtype)))
+    prompt = prompts(llm)[0][:90]
+    plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=0)
+    whole = _answer(llm._finish([llm._request(prompt, plain)])[0])
+    single = replace(plain, max_tokens=1)
+    again = [
+        replace(
+            llm._request([*prompt, *whole.tokens[:count]], single),
+            use_prefix_cache=False,
+        )
+        for count in range(len(whole.tokens))
+    ]
+    found = [_answer(one) for one in llm._finish(again)]
+    decoded = list(zip(whole.tokens, whole.logprobs, strict=True))
+    assert [(one.tokens[0], one.logprobs[0]) for one in found] == decoded
