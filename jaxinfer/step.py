@@ -2,16 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxinfer import cache as paged
 from jaxinfer import models, sampling
 from jaxinfer.cache import Cache
-from jaxinfer.config import MIN_ROWS, EngineConfig, ModelConfig
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.exact import enough_rows, with_rows
 from jaxinfer.inputs import Batch, StepOutput
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import MIN_ELEMENTS, is_lone
 
 Params = object
 
@@ -54,33 +53,13 @@ def score(
 def _sample(
     params: Params, x: Float[Array, "B D"], batch: Batch, *, model: ModelConfig, exact: bool
 ) -> StepOutput:
-    """The next token of each row, from the activations of its last one.
-
-    XLA:CPU computes small arrays by other code than large ones. To be exact, a few rows go through
-    the last norm as many as the smallest decode has, and are drawn from in an array that is large.
-    """
-    rows = len(x)
-    spare = max(0, MIN_ROWS - rows) if exact else 0
-    x, batch = lax.optimization_barrier(
-        jax.tree.map(lambda leaf: _resized(leaf, rows + spare), (x, batch))
-    )
+    """The next token of each row, from the activations of its last one."""
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
-    few = min(rows + spare, -(-MIN_ELEMENTS // model.vocab_size)) if exact else 1
-
-    def draw(count: int) -> StepOutput:
-        some = jax.tree.map(lambda leaf: leaf[:count], batch)
-        drawn = sampling.sample(logits[:count], some, some.starts + some.lengths)
-        return jax.tree.map(lambda leaf: _resized(leaf, rows), lax.optimization_barrier(drawn))
-
-    if rows == 1:
-        return draw(few)
-    return lax.cond(is_lone(batch.lengths), lambda: draw(few), lambda: draw(rows))
-
-
-def _resized(leaf: Array, count: int) -> Array:
-    """The first `count` rows, with zero rows at the end where there are fewer."""
-    spare = max(0, count - len(leaf))
-    return jnp.pad(leaf, [(0, spare)] + [(0, 0)] * (leaf.ndim - 1)) if spare else leaf[:count]
+    rows = len(x)
+    count = enough_rows(model.vocab_size, rows) if exact else rows
+    logits, many = jax.tree.map(lambda leaf: with_rows(leaf, count), (logits, batch))
+    drawn = sampling.sample(logits, many, many.starts + many.lengths)
+    return jax.tree.map(lambda leaf: leaf[:rows], drawn)
 
 
 def _run(
@@ -99,6 +78,7 @@ def _run(
         trash_page=engine.num_pages,
     )
     attention = paged_attention.backend(engine.attention)
+    exact = engine.bits == "exact"
     k_pages, v_pages = list(cache.k), list(cache.v)
 
     def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
@@ -114,9 +94,10 @@ def _run(
             block=engine.attention_block,
             window=model.window(layer),
             load=paged.from_pages,
+            exact=exact,
         )
 
     x = models.module_of(model).forward(
-        params, tokens, positions, attend, config=model, exact=engine.bits == "exact"
+        params, tokens, positions, attend, config=model, exact=exact
     )
     return Cache(tuple(k_pages), tuple(v_pages), cache.last_tokens), x

@@ -62,13 +62,13 @@ def forward(
     for index, layer in enumerate(params.layers):
         x = x + attention.apply(
             layer.attention,
-            rms_norm(x, layer.attention_norm, eps=config.norm_eps),
+            rms_norm(x, layer.attention_norm, eps=config.norm_eps, exact=exact),
             rotation,
             lambda q, k, v, index=index: attend(index, q, k, v),
             config=config,
             exact=exact,
         )
-        normed = rms_norm(x, layer.mlp_norm, eps=config.norm_eps)
+        normed = rms_norm(x, layer.mlp_norm, eps=config.norm_eps, exact=exact)
         x = x + mlp.apply(layer.mlp, normed, exact=exact)
     return x
 
@@ -78,4 +78,5 @@ def head(
 ) -> Float[Array, "... V"]:
     """The logits of some rows of the residual stream."""
     table = params.embedding if params.head is None else params.head
-    return project(rms_norm(x, params.final_norm, eps=config.norm_eps), table, exact=exact)
+    x = rms_norm(x, params.final_norm, eps=config.norm_eps, exact=exact)
+    return project(x, table, exact=exact)

@@ -63,7 +63,7 @@ def apply(
     q = both[..., :-2, :].reshape(rows, tokens, config.num_heads, config.head_dim)
     k, v = both[..., -2, :], both[..., -1, :]
     if params.q_norm is not None and params.k_norm is not None:
-        q = rms_norm(q, params.q_norm, eps=config.norm_eps)
-        k = rms_norm(k, params.k_norm, eps=config.norm_eps)
+        q = rms_norm(q, params.q_norm, eps=config.norm_eps, exact=exact)
+        k = rms_norm(k, params.k_norm, eps=config.norm_eps, exact=exact)
     out = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
     return project(out, params.output, params.output_bias, contract=2, exact=exact)

@@ -5,9 +5,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxinfer.dims import Leaf
+from jaxinfer.exact import mean
 
 
-def rms_norm(x: Float[Array, "... D"], weight: Leaf, *, eps: float) -> Float[Array, "... D"]:
+def rms_norm(
+    x: Float[Array, "... D"], weight: Leaf, *, eps: float, exact: bool = True
+) -> Float[Array, "... D"]:
     """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019)."""
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    mean_square = mean(jnp.square(x), exact=exact)
     return x * lax.rsqrt(mean_square + eps) * weight.astype(x.dtype)

@@ -52,10 +52,10 @@ class Answer(NamedTuple):
 
 
 def make_config(dtype: str, **changes: Any) -> EngineConfig:
-    """Pages for a few long requests only, and a decode program for few rows and for many."""
+    """Pages for a few long requests only, and decode programs for one row, for few and for many."""
     plain: dict[str, Any] = {
         "num_slots": 32,
-        "decode_rows": (8, 32),
+        "decode_rows": (1, 8, 32),
         "max_seq_len": 256,
         "prefill_chunks": (8, 32),
         "max_prefill_tokens": 64,

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from jax import Array
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.paged_attention.reference import MIN_ELEMENTS, is_lone
 from jaxinfer.kernels.paged_attention.reference import paged_attention as reference
 
-__all__ = ["BACKENDS", "MIN_ELEMENTS", "backend", "is_lone"]
+__all__ = ["BACKENDS", "backend"]
 
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference}
 """Name -> implementation, all of one signature: that of reference.paged_attention."""

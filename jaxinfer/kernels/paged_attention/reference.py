@@ -1,6 +1,5 @@
 """Ragged paged attention in plain JAX: the definition, and the path on CPU."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,9 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.dims import Leaf
+from jaxinfer.exact import enough_rows, with_rows
 
 _NOTHING = -(2**30)
-MIN_ELEMENTS = 4096  # of an array that XLA:CPU computes by its code for large ones
 MIN_QUERY_ROWS = 4  # fewer rows leave XLA:CPU's fast batched dot, and change a row's bits
 
 
@@ -35,6 +34,7 @@ def paged_attention(
     block: int,
     window: int = 0,
     load: Callable[[Array], Array] = lambda stored: stored,
+    exact: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Row b's query t, at position starts[b] + t, attends to the tokens at positions up to its own.
 
@@ -45,7 +45,8 @@ def paged_attention(
 
     Keys are reduced in blocks of `block` tokens, in order, so that a row's bits depend neither on
     its neighbours nor on the program that it runs in (Milakov and Gimelshein 2018 for the merge of
-    blocks). The number of blocks follows the longest row, not the page table.
+    blocks). The number of blocks follows the longest row, not the page table. Without `exact` few
+    rows are not made many, and their bits may differ from those of the same rows among others.
     """
     rows, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
@@ -57,54 +58,37 @@ def paged_attention(
 
     owned_end = starts + lengths
 
-    def one_block(index: Array, softmax: _Softmax, *, live: int) -> _Softmax:
-        some = softmax.out.shape[1]
+    def one_block(index: Array, softmax: _Softmax) -> _Softmax:
         pages = lax.dynamic_slice_in_dim(
-            page_table[:live], index * pages_per_block, pages_per_block, axis=1
+            page_table, index * pages_per_block, pages_per_block, axis=1
         )
         seen = index * block + jnp.arange(block)  # [S]
-        visible = seen <= last[:some, :, None]  # [B, R, S]
+        visible = seen <= last[..., None]  # [B, R, S]
         if window:
-            visible &= seen > last[:some, :, None] - window
-        owned = seen < owned_end[:some, None]  # [B, S]
+            visible &= seen > last[..., None] - window
+        owned = seen < owned_end[:, None]  # [B, S]
         k_KBSH = load(_gather(k_pages, pages))
         v_KBSH = load(_gather(v_pages, pages))
-        v_KBSH = jnp.where(owned[None, :live, :, None], v_KBSH, jnp.zeros((), v_KBSH.dtype))
-        return _merge(softmax, q_KBRH[:, :live], k_KBSH, v_KBSH, visible & owned[:, None])
+        v_KBSH = jnp.where(owned[None, ..., None], v_KBSH, jnp.zeros((), v_KBSH.dtype))
+        return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible & owned[:, None], exact=exact)
 
     ends = jnp.where(lengths > 0, owned_end, 0)
     first = jnp.where(lengths > 0, starts + 1 - window, jnp.iinfo(jnp.int32).max) // block
     bounds = (jnp.clip(jnp.min(first), 0, None) if window else 0, -(-jnp.max(ends) // block))
-
-    def all_blocks(live: int, some: int) -> Array:
-        shape = (num_kv_heads, some, q_KBRH.shape[2])
-        empty = _Softmax(
-            top=jnp.full((*shape, 1), _NOTHING, jnp.int32),
-            total=jnp.zeros((*shape, 1), jnp.float32),
-            out=jnp.zeros((*shape, head_dim), jnp.float32),
-        )
-        done = lax.fori_loop(*bounds, functools.partial(one_block, live=live), empty)
-        out = jnp.where(done.total == 0, 0.0, done.out / done.total)
-        return _more_rows(out[:, :live], rows)
-
-    if rows == 1:
-        out_KBRH = all_blocks(1, 1)
-    else:  # a stream that is alone does not wait for keys that nobody reads
-        few = min(rows, -(-MIN_ELEMENTS // (num_kv_heads * q_KBRH.shape[2] * block)))
-        out_KBRH = lax.cond(
-            is_lone(lengths), lambda: all_blocks(1, few), lambda: all_blocks(rows, rows)
-        )
+    shape = q_KBRH.shape[:3]
+    empty = _Softmax(
+        top=jnp.full((*shape, 1), _NOTHING, jnp.int32),
+        total=jnp.zeros((*shape, 1), jnp.float32),
+        out=jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+    done = lax.fori_loop(*bounds, one_block, empty)
+    out_KBRH = jnp.where(done.total == 0, 0.0, done.out / done.total)
     out = out_KBRH[:, :, : num_queries * group].reshape(
         num_kv_heads, rows, num_queries, group, head_dim
     )
     out = jnp.transpose(out, (1, 2, 0, 3, 4)).reshape(q.shape)
     is_real = jnp.arange(num_queries)[None, :] < lengths[:, None]
     return jnp.where(is_real[..., None, None], out, 0.0)
-
-
-def is_lone(lengths: Int[Array, " B"]) -> Bool[Array, ""]:
-    """Whether all rows but the first are inert."""
-    return jnp.max(lengths[1:]) == 0
 
 
 def _group_queries(
@@ -138,39 +122,40 @@ def _merge(
     k_KBSH: Array,
     v_KBSH: Array,
     visible: Bool[Array, "B R S"],
+    *,
+    exact: bool,
 ) -> _Softmax:
-    """Takes one more block of keys into an unfinished softmax, which may have more rows than keys.
+    """Takes one more block of keys into an unfinished softmax.
 
     Old sums fade by whole powers of two, which is exact: whether a compiler rounds `old * fade +
     new` once or twice, as it does for one size and not for another, the bits are the same.
     """
     over_h = (((3,), (3,)), ((0, 1), (0, 1)))
     over_s = (((3,), (2,)), ((0, 1), (0, 1)))
-    live, some = q_KBRH.shape[1], softmax.out.shape[1]
     logits = lax.dot_general(
         q_KBRH.astype(k_KBSH.dtype), k_KBSH, over_h, preferred_element_type=jnp.float32
     )
-    logits = _more_rows(logits, some)
     logits = jnp.where(visible[None], logits, -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     block_top = jnp.where(largest == -jnp.inf, _NOTHING, jnp.ceil(largest).astype(jnp.int32))
     top = jnp.maximum(softmax.top, block_top)
     base = jnp.where(top == _NOTHING, 0, top).astype(jnp.float32)
-    weights = jnp.exp((logits - base) * math.log(2))
-    fade = _power_of_two(softmax.top - top)
+    weights, total = _weigh((logits - base) * math.log(2), exact=exact)
     new = lax.dot_general(
-        weights[:, :live].astype(v_KBSH.dtype), v_KBSH, over_s, preferred_element_type=jnp.float32
+        weights.astype(v_KBSH.dtype), v_KBSH, over_s, preferred_element_type=jnp.float32
     )
-    return _Softmax(
-        top=top,
-        total=softmax.total * fade + jnp.sum(weights, axis=-1, keepdims=True),
-        out=softmax.out * fade + _more_rows(new, some),
-    )
+    fade = _power_of_two(softmax.top - top)
+    return _Softmax(top=top, total=softmax.total * fade + total, out=softmax.out * fade + new)
 
 
-def _more_rows(x: Float[Array, "K L R X"] | Int[Array, "K L R X"], rows: int) -> Array:
-    """With zero rows at the end."""
-    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
+def _weigh(
+    exponents: Float[Array, "K B R S"], *, exact: bool
+) -> tuple[Float[Array, "K B R S"], Float[Array, "K B R 1"]]:
+    """exp of each, and its sum over the keys."""
+    num_heads, rows, queries, keys = exponents.shape
+    count = enough_rows(num_heads * queries * keys, rows) if exact else rows
+    weights = jnp.exp(with_rows(exponents, count, axis=1))
+    return weights[:, :rows], jnp.sum(weights, axis=-1, keepdims=True)[:, :rows]
 
 
 def _power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
