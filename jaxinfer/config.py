@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxinfer import settings
+from jaxinfer.edge_config import JournalConfig, SecurityConfig, ServerConfig, SnapshotConfig
 from jaxinfer.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
 PREFIX = "JAXINFER_"
 NOT_SETTINGS = {"JAXINFER_CACHE_DIR", "JAXINFER_DEBUG"}  # variables that set no key of Config
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-MIN_ROWS = 8  # below 8 rows a CPU matmul is slow and its bits differ: design.md section 6
+MIN_ROWS = 8  # below 8 rows a CPU matmul has other bits: design.md section 6
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class EngineConfig:
     max_seq_len: int = 2048
     """Longest sequence, prompt and output together, in tokens."""
     decode_rows: tuple[int, ...] = ()
-    """Row counts of the decode programs; () means 8, 32, 128... up to num_slots."""
+    """Row counts of the decode programs; () means 1, 8, 32, 128... up to num_slots."""
     prefill_chunks: tuple[int, ...] = (32, 128, 512)
     """Token counts of the prefill programs, ascending; prompts are cut at the largest."""
     max_prefill_tokens: int = 512
@@ -138,77 +139,13 @@ class EngineConfig:
         """Row counts of the decode programs, ascending; the last one covers all slots."""
         if self.decode_rows:
             return self.decode_rows
-        counts, rows = [], MIN_ROWS
+        counts, rows = [1], MIN_ROWS
         while rows < self.num_slots:
             counts.append(rows)
             rows *= 4
-        top = max(MIN_ROWS, -(-self.num_slots // MIN_ROWS) * MIN_ROWS)
-        return (*counts, top)
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """The gRPC edge."""
-
-    host: str = "127.0.0.1"
-    port: int = 50051
-    """0 takes a free port."""
-    max_message_bytes: int = 4 * 1024 * 1024
-    drain_grace_s: float = 10.0
-    """How long a stopping server lets running requests finish."""
-    prefix_salt: str = ""
-    """Servers with another salt give other names to the same cached prefix."""
-    resume_ttl_s: float = 60.0
-    """How long a request that came back from a snapshot waits for its client."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"server.port is {self.port}; it must be from 0 to 65535")
-        if self.max_message_bytes < 1:
-            raise ConfigError(
-                f"server.max_message_bytes is {self.max_message_bytes}; it must be at least 1"
-            )
-        for key in ("drain_grace_s", "resume_ttl_s"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(
-                    f"server.{key} is {getattr(self, key)}; it must be at least 0 and finite"
-                )
-
-
-@dataclass(frozen=True)
-class JournalConfig:
-    """What is written down of every step, so that it can be run again: `jaxinfer replay`."""
-
-    folder: str = ""
-    """Where the segments go; empty keeps no journal."""
-    segment_mb: int = 64
-    """A new segment begins after this many megabytes; each can be replayed alone."""
-    num_segments: int = 8
-    """The newest ones are kept."""
-    prompts: Literal["keep", "hash", "redact"] = "keep"
-    """hash and redact write stand-ins for token ids, so that only the schedule can be replayed;
-    with hash, whoever has a prompt can still find it in the journal."""
-
-    def __post_init__(self) -> None:
-        for key in ("segment_mb", "num_segments"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"journal.{key} is {getattr(self, key)}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class SnapshotConfig:
-    """The live requests, saved as they go, so that a new process can go on with them."""
-
-    path: str = ""
-    """The file; read at the start, where it is there. Empty saves nothing."""
-    interval_s: float = 1.0
-    """Seconds between two of them."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.interval_s < math.inf:
-            raise ConfigError(
-                f"snapshot.interval_s is {self.interval_s}; it must be above 0 and finite"
-            )
+        if self.num_slots > 1:
+            counts.append(-(-self.num_slots // MIN_ROWS) * MIN_ROWS)
+        return tuple(counts)
 
 
 @dataclass(frozen=True)
@@ -229,6 +166,7 @@ class Config:
     """An alias, a Hugging Face folder, a GGUF file, or a folder that jaxinfer wrote."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -357,17 +295,14 @@ def check_engine(config: EngineConfig) -> None:
             f"engine.cache.num_pages is {config.cache.num_pages}; one sequence of "
             f"engine.max_seq_len = {config.max_seq_len} tokens needs {longest}"
         )
-    least = MIN_ROWS if config.bits == "exact" else 1
-    hint = "" if least == 1 else " (engine.bits=fast allows fewer)"
     chunks = config.prefill_chunks
-    if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < least:
+    if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
         raise ConfigError(
-            f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least "
-            f"{least}{hint}"
+            f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least 1"
         )
     rows = config.row_counts
-    if list(rows) != sorted(set(rows)) or rows[0] < least or rows[-1] < config.num_slots:
+    if list(rows) != sorted(set(rows)) or rows[0] < 1 or rows[-1] < config.num_slots:
         raise ConfigError(
-            f"engine.decode_rows is {list(rows)}; it must be ascending, each at least {least}"
-            f"{hint}, and the last must cover engine.num_slots = {config.num_slots}"
+            f"engine.decode_rows is {list(rows)}; it must be ascending, each at least 1, "
+            f"and the last must cover engine.num_slots = {config.num_slots}"
         )

@@ -82,7 +82,7 @@ def test_texts_are_read_as_what_their_key_wants(text, key, value):
         ("page_size = 8", ["page_size;", "did you mean engine.cache.page_size?"]),
         (
             "zork = 1",
-            ["unknown key zork", "the keys are model, engine, server, journal, snapshot, mesh"],
+            ["unknown key zork", "the keys are model, engine, server, security, journal, snapshot"],
         ),
         ("[engine.cache]\nzork = 1", ["engine.cache has page_size, num_pages"]),
         ('[engine]\nnum_slots = "8"', ['engine.num_slots is "8" (a string)', "a whole number"]),
@@ -222,6 +222,7 @@ def test_schema_describes_every_key():
         "model",
         "engine",
         "server",
+        "security",
         "journal",
         "snapshot",
         "mesh",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from jaxinfer.client import AsyncClient, Completion, Delta
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.engine import Engine
 from jaxinfer.host.cost_model import Recorder
 from jaxinfer.host.workload import Timeline, Workload

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.errors import ConfigError, EngineFailed
 from jaxinfer.host.request import Request
 from jaxinfer.server import service

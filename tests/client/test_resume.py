@@ -11,7 +11,7 @@ import pytest
 from jaxinfer.client import AsyncClient, Client, Completed, Delta
 from jaxinfer.client.resume import Attempts
 from jaxinfer.client.translate import StreamReader, to_request
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.errors import (
     DeadlinePassed,
     Draining,
@@ -104,7 +104,7 @@ def test_a_stream_of_the_sync_client_outlives_its_server():
 
 SERVE = """
 import functools, sys
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.server import app
 from tests.server.fake_engine import FakeEngine, served
 app.run(

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import status_pb2
 
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.host.request import Request, SamplingParams
 from jaxinfer.server.app import Server
 from jaxinfer.server.status import DETAILS_KEY

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from jaxinfer.cli.options import Common
 from jaxinfer.cli.serve import serve
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.errors import ConfigError, EngineFailed, JaxinferError
 from jaxinfer.server import app, service
 from jaxinfer.v1 import inference_pb2 as pb
@@ -174,7 +174,7 @@ def test_the_end_of_the_engines_thread_ends_the_server():
 
 SERVE = """
 import functools, sys
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.server import app
 from tests.server.fake_engine import FakeEngine, served
 app.run(

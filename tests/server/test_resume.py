@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from jaxinfer.config import ServerConfig
+from jaxinfer.edge_config import ServerConfig
 from jaxinfer.host.live import Live
 from jaxinfer.host.request import (
     JAXINFER_DEFAULTS,

@@ -11,11 +11,12 @@ from google.protobuf import descriptor_pb2
 
 from jaxinfer.host.request import FinishReason, SamplingParams
 from jaxinfer.server import translate
+from jaxinfer.v1 import admin_pb2, model_pb2
 from jaxinfer.v1 import inference_pb2 as pb
-from jaxinfer.v1 import model_pb2
 
 ROOT = Path(__file__).parents[2]
 FILES = {
+    "jaxinfer/v1/admin.proto": admin_pb2.DESCRIPTOR,
     "jaxinfer/v1/inference.proto": pb.DESCRIPTOR,
     "jaxinfer/v1/model.proto": model_pb2.DESCRIPTOR,
 }
