@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jaxinfer.host import cost_model, state
 from jaxinfer.host.journal import Recorder
 from jaxinfer.host.live import Live, MakesStreams, open_stream
 from jaxinfer.host.loop import Loop, Phase, Sampled
+from jaxinfer.host.observer import Observer
 from jaxinfer.host.pace import Pace, PaceMeter
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import (
@@ -73,7 +75,8 @@ class Engine:
         self.device = Device(params, model, config, clock=clock, store=store, progress=progress)
         self.config = config = self.device.config  # without programs that failed the self-test
         self.journal: Recorder | None = None
-        self.recorder: cost_model.Recorder | None = None  # of step times; set it while idle
+        self.observer: Observer | None = None
+        self.step_times: cost_model.StepTimes | None = None  # of step times; set it while idle
         self._faults = faults
         self._tokenizer = tokenizer
         self._clock = clock
@@ -131,6 +134,13 @@ class Engine:
         if self.journal is not None:
             self.journal.flushed()
         return self._scheduler.prefix.flush()
+
+    def rotate_journal(self) -> Path | None:
+        """Begins a new segment with the next step; returns the one that is being written now."""
+        if self.journal is None:
+            return None
+        self.journal.ask_for_state()
+        return self.journal.path
 
     def snapshot(self) -> Snapshot:
         """What another engine of the same model needs to go on with the live requests."""
@@ -222,6 +232,7 @@ class Engine:
             num_queried_tokens=prefix.num_queried_tokens,
             num_cached_tokens=prefix.num_hit_tokens,
             num_evicted_pages=prefix.num_evicted_pages,
+            num_cached_pages=pool.num_idle,
         )
 
     def run_program(self, shape: Shape, packed: np.ndarray) -> StepOutput:
@@ -267,6 +278,8 @@ class Engine:
             sequence, open_stream(self._tokenizer, sequence.request), Timings(self._clock())
         )
         self._live[sequence.request.request_id] = live
+        if self.observer is not None:
+            self.observer.submitted(live)
         return live
 
     def _planned(self, plan: Plan) -> None:
@@ -280,8 +293,10 @@ class Engine:
         self._faults("dispatch")
         watch = None if self.journal is None else self.journal.packed
         handle = self.device.dispatch(plan, watch)
-        if self.recorder is not None:
-            self.recorder.dispatched(plan, handle.began_s)
+        if self.step_times is not None:
+            self.step_times.dispatched(plan, handle.began_s)
+        if self.observer is not None:
+            self.observer.dispatched(plan, handle.began_s)
         self._counts["steps"] += 1
         now_s = self._clock()
         for admission in plan.admit:
@@ -297,10 +312,12 @@ class Engine:
         now_s = self._clock()
         self._meter.add(plan, now_s - max(handle.began_s, self._returned_s))
         self._returned_s = now_s
-        if self.recorder is not None:
-            self.recorder.returned(now_s)
+        if self.step_times is not None:
+            self.step_times.returned(now_s)
         if self.journal is not None:
             self.journal.returned(plan, tokens, self._logprobs)
+        if self.observer is not None:
+            self.observer.returned(now_s)
         return tokens
 
     def _take(self, sampled: Sampled) -> None:
@@ -332,6 +349,8 @@ class Engine:
         live.end(self._clock())
         if self.journal is not None:
             self.journal.ended(live.sequence)
+        if self.observer is not None:
+            self.observer.ended(live)
         del self._live[live.request.request_id]
         self._news.pop(live.request.request_id, None)
         self._ended.append(live)
@@ -359,6 +378,8 @@ class Engine:
         self._counts["recoveries"] += 1
         if self.journal is not None:
             self.journal.failed(self._loop.phase)
+        if self.observer is not None:
+            self.observer.failed(self._clock())
         log.error("a step failed on the device, starting over: %s", error)
         if self._num_recoveries_in_a_row > MAX_RECOVERIES_IN_A_ROW:
             if self.journal is not None:
@@ -367,6 +388,6 @@ class Engine:
                 f"{self._num_recoveries_in_a_row} steps in a row failed on the device"
             ) from error
         self._loop.restart()
-        if self.recorder is not None:
-            self.recorder.restart()
+        if self.step_times is not None:
+            self.step_times.restart()
         self.device.reset()

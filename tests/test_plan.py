@@ -7,23 +7,13 @@ import pytest
 
 from jaxinfer import compile as programs_of
 from jaxinfer import models, spec
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig, override
+from jaxinfer.config import CacheConfig, EngineConfig, override
 from jaxinfer.errors import ConfigError
 from jaxinfer.plan import check_memory, device_memory, estimate_temp, plan_memory
+from jaxinfer.weights.demo import DEMOS
 from tests import tiny
 
-SMOLLM2 = ModelConfig(
-    architecture="llama",
-    vocab_size=49152,
-    num_layers=30,
-    d_model=576,
-    d_ff=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    max_positions=8192,
-    tie_embeddings=True,
-)
+SMOLLM2 = DEMOS["smollm2-135m"].config
 MEASURED_TEMPS = {  # of SmolLM2's steps in bfloat16, jax 0.10.2 on a CPU
     programs_of.Shape("prefill", 1, 32): 2779736,
     programs_of.Shape("prefill", 1, 128): 11092184,

@@ -10,7 +10,7 @@ from typing import TypeVar
 from jaxinfer.client import AsyncClient, Completion, Delta
 from jaxinfer.edge_config import ServerConfig
 from jaxinfer.engine import Engine
-from jaxinfer.host.cost_model import Recorder
+from jaxinfer.host.cost_model import StepTimes
 from jaxinfer.host.workload import Timeline, Workload
 from jaxinfer.llm import LoadedEngine
 from jaxinfer.runner import EngineThread
@@ -104,13 +104,13 @@ def prompts_of(workload: Workload, *, vocab_size: int, seed: int) -> list[list[i
 
 
 @contextmanager
-def recorded(engine: Engine) -> Iterator[Recorder]:
-    """Records the engine's steps; enter and leave it while the engine is idle."""
-    engine.recorder = Recorder(engine.config)
+def timed(engine: Engine) -> Iterator[StepTimes]:
+    """Times the engine's steps; enter and leave it while the engine is idle."""
+    engine.step_times = StepTimes(engine.config)
     try:
-        yield engine.recorder
+        yield engine.step_times
     finally:
-        engine.recorder = None
+        engine.step_times = None
 
 
 def _edge_s(completion: Completion) -> float:

@@ -174,11 +174,11 @@ async def _calibrate(
     before = engine.stats()
     edge_s = await clients.lone_edge_s(client, vocab_size=loaded.model.vocab_size)
     await clients.until_idle(engine)
-    with clients.recorded(engine) as recorder:
+    with clients.timed(engine) as times:
         for place, spec in enumerate(calibration_specs(engine.config.max_seq_len)):
             number = _CALIBRATION_SEED + 100 * seed + place
             await _play(client, loaded, draw(replace(spec, seed=number)), seed=number)
-    records += recorder.records
+    records += times.records
     after = engine.stats()
     host_s = (after.host_s - before.host_s) / (after.num_steps - before.num_steps)
     return fit(records, host_s=host_s, edge_s=edge_s)

@@ -16,20 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer import config as settings
-from jaxinfer.config import Config, ModelConfig
+from jaxinfer.config import Config
 
-SMOLLM2 = ModelConfig(
-    architecture="llama",
-    vocab_size=49152,
-    num_layers=30,
-    d_model=576,
-    d_ff=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    max_positions=8192,
-    tie_embeddings=True,
-)
 WAYS = ("cold", "stored", "jax_cache")
 
 
@@ -83,12 +71,13 @@ def start_here(
     from jaxinfer import models, spec, weights
     from jaxinfer.engine import Engine
     from jaxinfer.store import open_store
+    from jaxinfer.weights.demo import DEMOS
 
     marks = {"import_s": time.perf_counter() - started}
     if jax_cache:
         programs_of.use_compilation_cache(Path(jax_cache))
     started = time.perf_counter()
-    shape, dtype = SMOLLM2, config.engine.compute_dtype
+    shape, dtype = DEMOS["smollm2-135m"].config, config.engine.compute_dtype
     if model:
         checkpoint = weights.load(model, dtype=dtype)
         shape, params = checkpoint.config, checkpoint.params

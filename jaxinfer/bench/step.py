@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
 from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
@@ -199,3 +200,33 @@ def _time_engine(
         dispatch_ms=1e3 * (after.dispatch_s - before.dispatch_s) / count,
         output_tokens_per_s=(after.num_output_tokens - before.num_output_tokens) / seconds,
     )
+
+
+def tables(report: Report) -> tuple[Table, Table]:
+    """For people: the steps by themselves, and those of an engine at work."""
+    title = f"{report.model}, {report.compute_dtype}; reads {report.read_gb_per_s:.1f} GB/s"
+    steps = Table(
+        "rows", "context", "step ms", "min", "floor ms", "of floor", "tokens/s", title=title
+    )
+    for one in report.steps:
+        steps.add_row(
+            str(one.active),
+            str(one.context),
+            f"{one.median_ms:.1f}",
+            f"{one.min_ms:.1f}",
+            f"{one.floor_ms:.1f}",
+            f"{one.floor_ms / one.median_ms:.0%}",
+            f"{one.tokens_per_s:.0f}",
+        )
+    names = ("rows", "steps", "step ms", "host ms", "dispatch ms", "tokens/s")
+    host = Table(*names, title="the engine's own steps")
+    for one in report.host:
+        host.add_row(
+            str(one.active),
+            str(one.steps),
+            f"{one.step_ms:.1f}",
+            f"{one.host_ms:.2f}",
+            f"{one.dispatch_ms:.2f}",
+            f"{one.output_tokens_per_s:.0f}",
+        )
+    return steps, host

@@ -1,16 +1,15 @@
 """`jaxinfer bench`: what this machine does with a model, against what it could do."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich.console import Console
 from rich.table import Table
 
 from jaxinfer.cli import COMMANDS, progress
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import ConfigError
 
@@ -42,7 +41,7 @@ def step(
         Prints one JSON object.
     """
     settings = common.load()
-    from jaxinfer.bench.step import measure
+    from jaxinfer.bench.step import measure, tables
     from jaxinfer.llm import load_engine
 
     with progress.shown() as show:
@@ -55,44 +54,7 @@ def step(
             rounds=rounds,
             progress=show,
         )
-    if as_json:
-        print(json.dumps(report.as_dict()))
-        return
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    title = f"{report.model}, {report.compute_dtype}; reads {report.read_gb_per_s:.1f} GB/s"
-    table = Table(
-        "rows", "context", "step ms", "min", "floor ms", "of floor", "tokens/s", title=title
-    )
-    for one in report.steps:
-        table.add_row(
-            str(one.active),
-            str(one.context),
-            f"{one.median_ms:.1f}",
-            f"{one.min_ms:.1f}",
-            f"{one.floor_ms:.1f}",
-            f"{one.floor_ms / one.median_ms:.0%}",
-            f"{one.tokens_per_s:.0f}",
-        )
-    console.print(table)
-    table = Table(
-        "rows",
-        "steps",
-        "step ms",
-        "host ms",
-        "dispatch ms",
-        "tokens/s",
-        title="the engine's own steps",
-    )
-    for one in report.host:
-        table.add_row(
-            str(one.active),
-            str(one.steps),
-            f"{one.step_ms:.1f}",
-            f"{one.host_ms:.2f}",
-            f"{one.dispatch_ms:.2f}",
-            f"{one.output_tokens_per_s:.0f}",
-        )
-    console.print(table)
+    _print(*tables(report), facts=report.as_dict(), as_json=as_json)
 
 
 @app.command
@@ -134,7 +96,7 @@ def prefix(
     with progress.shown() as show:
         loaded = load_engine(settings, progress=show)
         report = measure(loaded.engine, name=loaded.name, load=load, rounds=rounds, progress=show)
-    _print(table(report), report.as_dict(), as_json=as_json)
+    _print(table(report), facts=report.as_dict(), as_json=as_json)
 
 
 @app.command
@@ -177,7 +139,7 @@ def interference(
             rounds=rounds,
             progress=show,
         )
-    _print(table(report), report.as_dict(), as_json=as_json)
+    _print(table(report), facts=report.as_dict(), as_json=as_json)
 
 
 @app.command
@@ -213,7 +175,7 @@ def simulated(
         report = measure(load_engine(settings, progress=show), rounds=rounds, progress=show)
     if save is not None:
         save.write_text(to_json(report.cost))
-    _print(table(report), report.as_dict(), as_json=as_json)
+    _print(table(report), facts=report.as_dict(), as_json=as_json)
 
 
 @app.command
@@ -255,7 +217,7 @@ def bits(
             rounds=rounds,
             progress=show,
         )
-    _print(table(report), report.as_dict(), as_json=as_json)
+    _print(table(report), facts=report.as_dict(), as_json=as_json)
 
 
 def _at_least_one(**counts: int) -> None:
@@ -264,9 +226,10 @@ def _at_least_one(**counts: int) -> None:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
 
 
-def _print(table: Table, facts: dict[str, Any], *, as_json: bool) -> None:
+def _print(*tables: Table, facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    console.print(table)
+    screen = console()
+    for table in tables:
+        screen.print(table)

@@ -1,17 +1,16 @@
 """`jaxinfer compile`: builds every program of the settings into the store, without weights."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from jaxinfer import config
 from jaxinfer.cli import progress
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.cli.plan import size
 from jaxinfer.errors import ConfigError, ProgramRefused
@@ -60,12 +59,12 @@ def compile(
     if as_json:
         print(json.dumps(as_dict(name, programs, made, changes)))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=100)
-        console.print(table(name, programs))
-        console.print(f"manifest {made.digest[:16]}", highlight=False)
+        screen = console()
+        screen.print(table(name, programs))
+        screen.print(f"manifest {made.digest[:16]}", highlight=False)
         if changes is not None:
             for line in changes or ("nothing has changed",):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                screen.print(line, markup=False, highlight=False, soft_wrap=True)
     return DIFFERENT if changes else 0
 
 

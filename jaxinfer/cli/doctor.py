@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import jaxinfer
 from jaxinfer import config
+from jaxinfer.cli.console import console
 from jaxinfer.cli.inspect import size
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import JaxinferError
@@ -66,7 +66,7 @@ def doctor(*, as_json: Json = False, common: Common = COMMON) -> int:
             Text(check.state, COLOURS[check.state]),
             *map(Text, (check.name, check.value, check.advice)),
         )
-    (Console() if sys.stdout.isatty() else Console(width=120)).print(table)
+    console(120).print(table)
     return int(is_broken)
 
 

@@ -2,16 +2,15 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from jaxinfer.cli import progress
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.cli.plan import as_dict, memory_table, sequence_table, size, stored, usual_lengths
 
@@ -100,11 +99,11 @@ def write(
         plan = as_dict(memory, programs, usual_lengths(memory))
         print(json.dumps({**facts, "parameters": tree, "memory": plan}))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    screen = console()
     title = f"{name}: {architecture}, {num_parameters / 1e6:.1f} M parameters"
-    console.print(_tree_table(title, groups))
-    console.print(memory_table(memory, programs))
-    console.print(sequence_table(memory, usual_lengths(memory)))
+    screen.print(_tree_table(title, groups))
+    screen.print(memory_table(memory, programs))
+    screen.print(sequence_table(memory, usual_lengths(memory)))
 
 
 def _tree_table(title: str, groups: list[Parameters]) -> Table:

@@ -3,14 +3,13 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import ConfigError
 
@@ -63,10 +62,10 @@ def plan(
     if as_json:
         print(json.dumps({"model": name, **as_dict(memory, programs, lengths)}))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    screen = console()
     other = device_gib is not None
-    console.print(memory_table(memory, programs, title=name, is_other_device=other))
-    console.print(sequence_table(memory, lengths))
+    screen.print(memory_table(memory, programs, title=name, is_other_device=other))
+    screen.print(sequence_table(memory, lengths))
 
 
 def token_counts(text: str) -> tuple[int, ...]:

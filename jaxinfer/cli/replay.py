@@ -1,16 +1,15 @@
 """`jaxinfer replay`: a journal, run again on the model or on the scheduler alone."""
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxinfer import config
 from jaxinfer.cli import progress
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.host import segments
 from jaxinfer.host.plain import engine_from_plain
@@ -99,27 +98,27 @@ def _as_dict(found: "Segment", report: "Report", notes: list[str]) -> dict[str, 
 
 
 def _write(found: "Segment", report: "Report", notes: list[str], *, schedule: bool) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    screen = console()
     where = "the scheduler alone" if schedule else found.header["model"]
     did = (
         f"{found.path.name} on {where}: steps {report.num_steps}, requests {report.num_requests}, "
         f"tokens {report.num_tokens}, {report.seconds:.1f} s"
     )
-    console.print(did, highlight=False)
+    screen.print(did, highlight=False)
     for note in notes:
-        console.print(f"note: {note}", highlight=False)
+        screen.print(f"note: {note}", highlight=False)
     difference = report.difference
     if difference is None:
-        console.print(f"the same: every {report.compared}", style="green", highlight=False)
+        screen.print(f"the same: every {report.compared}", style="green", highlight=False)
         return
-    console.print(f"different from step {difference.step} on", style="red", highlight=False)
+    screen.print(f"different from step {difference.step} on", style="red", highlight=False)
     table = Table("what", "in the journal", "now")
     table.add_row(difference.what, str(difference.was), str(difference.now))
-    console.print(table)
+    screen.print(table)
     known, orders = names(found), _orders(difference.was) | _orders(difference.now)
     called = [f"{order} is {known[order]}" for order in sorted(orders & known.keys())]
     if called and difference.what.startswith(("plan", "pages", "ended")):
-        console.print("requests: " + ", ".join(called), highlight=False)
+        screen.print("requests: " + ", ".join(called), highlight=False)
 
 
 def _orders(part: Any) -> set[int]:

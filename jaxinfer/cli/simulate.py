@@ -2,18 +2,17 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
 from jaxinfer import config as settings
 from jaxinfer.cli import progress
+from jaxinfer.cli.console import console
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.config import Config
 from jaxinfer.errors import ConfigError
@@ -104,9 +103,9 @@ def simulate(
         ]
         print(json.dumps({"cost": asdict(costs), "predictions": answers}))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=100)
+    screen = console()
     title = f"{load.workload}: {len(workload.arrivals)} requests, predicted"
-    console.print(table(title, cases, found, has_slo=slo != SLO()))
+    screen.print(table(title, cases, found, has_slo=slo != SLO()))
 
 
 def cases_of(given: Config, common: Common, sweep: str | None) -> list[Case]:

@@ -111,7 +111,7 @@ def from_json(text: str) -> CostModel:
     return cost
 
 
-class Recorder:
+class StepTimes:
     """Turns the comings and goings of steps into records; the engine tells it the time."""
 
     def __init__(self, config: EngineConfig, *, max_records: int = 4096) -> None:
@@ -141,7 +141,6 @@ def work_of(plan: Plan, config: EngineConfig) -> Work:
     rows = context = 0
     if plan.decodes:
         rows = next(rows for rows in config.row_counts if rows >= len(plan.decodes))
-        rows = 1 if len(plan.decodes) == 1 else rows  # a lone row reads and draws for itself only
         longest = max(sequence.num_stored for sequence in plan.decodes)
         context = rows * -(-longest // block) * block
     ends = [-(-(chunk.start + chunk.length) // block) * block for chunk in plan.chunks]

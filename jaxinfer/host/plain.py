@@ -11,9 +11,12 @@ Record = dict[str, Any]
 
 def request_to_plain(request: Request) -> Record:
     """A request as JSON values; what is unset is left out of its sampling."""
-    plain = dataclasses.asdict(request)
-    sampling = {name: value for name, value in plain["sampling"].items() if value not in (None, ())}
-    return plain | {"sampling": sampling}
+    sampling = {
+        name: list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+        for name, value in _fields(request.sampling).items()
+        if value not in (None, ())
+    }
+    return _fields(request) | {"prompt": list(request.prompt), "sampling": sampling}
 
 
 def request_from_plain(plain: Record) -> Request:
@@ -24,6 +27,11 @@ def request_from_plain(plain: Record) -> Request:
 def engine_from_plain(plain: Record) -> EngineConfig:
     """An engine's settings; what the values don't say is as it is by default."""
     return EngineConfig(**tuples(plain | {"cache": CacheConfig(**plain["cache"])}))
+
+
+def _fields(value: Any) -> Record:
+    """The fields by name, each as it is: dataclasses.asdict would copy a prompt token by token."""
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
 
 
 def tuples(plain: Record) -> Record:

@@ -9,8 +9,8 @@ from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.cost_model import (
     CostModel,
-    Recorder,
     StepRecord,
+    StepTimes,
     Work,
     fit,
     from_json,
@@ -141,7 +141,7 @@ def test_figures_follow_their_definitions():
 
 
 def test_a_recorder_counts_from_dispatch_or_from_the_step_before():
-    scheduler, recorder, now = Scheduler(CONFIG), Recorder(CONFIG), iter((1.0, 2.0, 5.0, 6.5))
+    scheduler, recorder, now = Scheduler(CONFIG), StepTimes(CONFIG), iter((1.0, 2.0, 5.0, 6.5))
 
     def dispatch(plan):
         recorder.dispatched(plan, next(now))

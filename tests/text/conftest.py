@@ -9,17 +9,17 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxinfer.config import cache_dir
 from jaxinfer.text.assets import TextAssets
 from jaxinfer.text.gguf_tokenizer import from_metadata
 from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.weights.demo import place
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind.",
     "Pack my box with five dozen liquor jugs; 12345 of them!",
     "Über den Wolken muß die Freiheit wohl grenzenlos sein — naïve café 你好 😀.",
 )
-REFERENCE = Path(__file__).parents[2].parent / "shared" / "data" / "reference_smollm2.json"
+REFERENCE = Path(__file__).parents[1] / "golden" / "smollm2-135m" / "reference.json"
 KINDS = ("byte_level", "llama", "gemma", "metaspace", "words")
 
 
@@ -57,15 +57,13 @@ def sentence_piece() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def reference() -> Mapping[str, Any]:
     """Token ids of ten prompts, made with another library."""
-    if not REFERENCE.exists():
-        pytest.skip("the reference token ids aren't beside this checkout")
     return json.loads(REFERENCE.read_text())
 
 
 @pytest.fixture(scope="session")
 def smollm2_json() -> str:
     """The demo model's tokenizer, where a first run has left it in the user's cache."""
-    path = cache_dir() / "models" / "smollm2-135m" / "tokenizer.json"
+    path = place("smollm2-135m") / "tokenizer.json"
     if not path.exists():
         pytest.skip("the demo model isn't in the cache; `jaxinfer generate` once fetches it")
     return path.read_text(encoding="utf-8")
