@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from jaxinfer import cli
-from jaxinfer.bench import clients, interference, prefix, simulated
+from jaxinfer.bench import bits, clients, interference, prefix, simulated
+from jaxinfer.bench.load import calls
 from jaxinfer.config import CacheConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.cost_model import from_json
@@ -66,6 +67,17 @@ def test_prefix_needs_a_prefix_cache():
     off = tiny.make_engine(num_slots=1, cache=CacheConfig(prefix=False))
     with pytest.raises(ConfigError, match="there is no prefix cache"):
         prefix.measure(off, name="tiny")
+
+
+def test_bits_times_each_load_in_the_program_that_fits_it(engine):
+    report = bits.measure(engine, name="tiny", context=32, actives=(1, 3, 32), rounds=2)
+    assert [price.active for price in report.prices] == [1, 3]  # 32 are more than the slots
+    assert [price.exact_rows for price in report.prices] == [1, 8]
+    for price in report.prices:
+        assert price.low <= price.price <= price.high and price.fast_rows <= price.exact_rows
+        assert abs(price.price - (price.exact_ms / price.fast_ms - 1)) < 1
+    assert any("exact ms" in line for line in lines_of(bits.table(report)))
+    assert json.loads(json.dumps(report.as_dict()))["bar"] == bits.BAR
 
 
 def test_interference_measures_streams_beside_a_prompt_and_leaves_the_engine_empty(engine):
@@ -127,7 +139,7 @@ def test_clients_get_every_token_and_see_shared_prefixes(loaded):
     assert counts == sorted(one.num_output_tokens for one in draw(SPECS["shared"]).arrivals)
     assert all(line.ttft_s > 0 for line in lines)
     assert loaded.engine.stats().num_cached_tokens >= before + 2 * 64
-    first, second, *_ = clients.prompts_of(draw(SPECS["shared"]), vocab_size=256, seed=1)
+    first, second, *_ = calls.prompts_of(draw(SPECS["shared"]), vocab_size=256, seed=1)
     assert first[:64] == second[:64] and first[64:] != second[64:]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from jaxinfer.bench.load.calls import prompts_of
 from jaxinfer.client import AsyncClient, Completion, Delta
 from jaxinfer.edge_config import ServerConfig
 from jaxinfer.engine import Engine
@@ -88,19 +89,6 @@ async def until_idle(engine: Engine) -> None:
     """Waits for the last step of requests whose clients have gone already."""
     while engine.has_work:
         await asyncio.sleep(_POLL_S)
-
-
-def prompts_of(workload: Workload, *, vocab_size: int, seed: int) -> list[list[int]]:
-    """Random tokens for every request; the first ones are those of its group."""
-    prompts = []
-    for number, arrival in enumerate(workload.arrivals):
-        group = random.Random(f"group {seed} {arrival.group}")
-        own = random.Random(f"own {seed} {number}")
-        num_shared = min(arrival.num_shared_tokens, arrival.num_prompt_tokens)
-        prompt = [group.randrange(vocab_size) for _ in range(num_shared)]
-        prompt += [own.randrange(vocab_size) for _ in range(arrival.num_prompt_tokens - num_shared)]
-        prompts.append(prompt)
-    return prompts
 
 
 @contextmanager

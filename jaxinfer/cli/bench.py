@@ -14,6 +14,11 @@ from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import ConfigError
 
 app = App(name="bench", help=COMMANDS["bench"])
+app.command(
+    "jaxinfer.cli.bench_serve:serve",
+    name="serve",
+    help="Sends load to a running server, and says what its clients see: TTFT, TPOT, goodput.",
+)
 
 
 @app.command
