@@ -19,7 +19,7 @@ from jaxinfer import models, step
 from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.fingerprint import program_key
-from jaxinfer.inputs import StepOutput, packed_width, unpack
+from jaxinfer.inputs import Scores, StepOutput, packed_width, unpack
 from jaxinfer.spec import abstract
 from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, StoreAhead, Trees, digest
 
@@ -115,6 +115,11 @@ def build_allocate(
     """The program that makes an empty cache: run() -> Cache."""
     recipe = _allocate_recipe(model, engine, _devices(params))
     return _obtain([recipe], store, _silent)[ALLOCATE]
+
+
+def score_shape(engine: EngineConfig) -> Shape:
+    """The program that scores prompts; it runs on pages of its own: EngineConfig.scoring."""
+    return Shape("score", 1, engine.score_chunk)
 
 
 def build_read_pages(
@@ -216,23 +221,31 @@ def _every_recipe(model: ModelConfig, engine: EngineConfig) -> list[_Recipe]:
     recipes.append(_allocate_recipe(model, engine, devices))
     if engine.bits == "exact":
         recipes.append(_read_pages_recipe(model, engine, devices))
+    if engine.score_chunk:
+        shape = score_shape(engine)
+        recipes.append(_step_recipe(shape, arguments, model, engine.scoring, devices))
+        recipes.append(_allocate_recipe(model, engine.scoring, devices))
     return recipes
 
 
 def _step_recipe(
     shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: Devices
 ) -> _Recipe:
-    function = {"prefill": step.prefill, "decode": step.decode}[shape.phase]
+    function = {"prefill": step.prefill, "decode": step.decode, "score": step.score_targets}
+    width = packed_width(shape.tokens, engine.pages_per_seq)
+    num_targets = shape.tokens if shape.phase == "score" else 0
 
-    def packed_step(params: Any, cache: Cache, packed: Any) -> tuple[Cache, StepOutput]:
-        batch = unpack(packed, tokens=shape.tokens)
-        return function(params, cache, batch, model=model, engine=engine)
+    def packed_step(params: Any, cache: Cache, packed: Any) -> tuple[Cache, StepOutput | Scores]:
+        batch = unpack(packed[:, :width], tokens=shape.tokens)
+        targets = (packed[:, width:],) if num_targets else ()
+        return function[shape.phase](params, cache, batch, *targets, model=model, engine=engine)
 
     cache = abstract(paged.spec(model, engine), engine.compute_dtype)
-    width = packed_width(shape.tokens, engine.pages_per_seq)
-    arguments = (params, cache, jax.ShapeDtypeStruct((shape.rows, width), jnp.int32))
+    packed = jax.ShapeDtypeStruct((shape.rows, width + num_targets), jnp.int32)
+    arguments = (params, cache, packed)
     key = program_key(shape.name, model, engine, arguments=arguments, devices=devices)
-    trees = _trees(arguments, (cache, StepOutput(0, 0)))
+    output = Scores(0, 0) if num_targets else StepOutput(0, 0)
+    trees = _trees(arguments, (cache, output))
     return _Recipe(shape, packed_step, arguments, (1,), trees, key, devices)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,12 @@ from jaxinfer.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
 PREFIX = "JAXINFER_"
-NOT_SETTINGS = {"JAXINFER_CACHE_DIR", "JAXINFER_DEBUG"}  # variables that set no key of Config
+ACCESS = ("token", "tls_ca", "tls_cert", "tls_key")
+NOT_SETTINGS = {  # variables that set no key of Config
+    "JAXINFER_CACHE_DIR",
+    "JAXINFER_DEBUG",
+    *(f"JAXINFER_{name.upper()}" for name in ACCESS),
+}
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 MIN_ROWS = 8  # below 8 rows a CPU matmul has other bits: design.md section 6
 
@@ -107,6 +112,9 @@ class EngineConfig:
     """Tokens that attention reduces at a time: a multiple of the page size."""
     overlap: bool = True
     """Plan and dispatch step n+1 while step n runs."""
+    score_chunk: int = 0
+    """Tokens at a time of the program that gives prompts their log probabilities; 0 leaves it out.
+    It has pages of its own for one sequence."""
     strict_compiles: bool = True
     """A program that is compiled in a step ends the engine; otherwise it is counted and logged."""
     bits: Literal["exact", "fast"] = "exact"
@@ -133,6 +141,12 @@ class EngineConfig:
         """Pages that sequences can own; the device holds one more, the trash page."""
         longest = -(-self.max_seq_len // self.cache.page_size)
         return self.cache.num_pages or self.num_slots * longest
+
+    @property
+    def scoring(self) -> "EngineConfig":
+        """The same for the one sequence whose prompt is scored."""
+        pages = replace(self.cache, num_pages=self.pages_per_seq, prefix=False)
+        return replace(self, num_slots=1, decode_rows=(1,), cache=pages)
 
     @property
     def row_counts(self) -> tuple[int, ...]:
@@ -257,6 +271,17 @@ def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxinfer"
 
 
+def access(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """How commands show a server who they are: keyword arguments of `Client`.
+
+    JAXINFER_TOKEN, JAXINFER_TLS_CA, JAXINFER_TLS_CERT and JAXINFER_TLS_KEY; a flag would show the
+    token to everyone who lists processes.
+    """
+    variables = os.environ if environ is None else environ
+    found = {name: variables.get(f"{PREFIX}{name.upper()}", "") for name in ACCESS}
+    return {name: value for name, value in found.items() if value}
+
+
 def is_debug(environ: Mapping[str, str] | None = None) -> bool:
     """Whether JAXINFER_DEBUG asks for tracebacks."""
     return (os.environ if environ is None else environ).get("JAXINFER_DEBUG", "0") not in ("", "0")
@@ -299,6 +324,10 @@ def check_engine(config: EngineConfig) -> None:
     if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
         raise ConfigError(
             f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least 1"
+        )
+    if config.score_chunk < 0 or config.score_chunk % MIN_ROWS:
+        raise ConfigError(
+            f"engine.score_chunk is {config.score_chunk}; it must be a multiple of {MIN_ROWS}, or 0"
         )
     rows = config.row_counts
     if list(rows) != sorted(set(rows)) or rows[0] < 1 or rows[-1] < config.num_slots:

@@ -39,6 +39,13 @@ class StepOutput(NamedTuple):
     logprobs: Leaf  # f32 [B]: its log probability under the model, before temperature and cuts
 
 
+class Scores(NamedTuple):
+    """What scoring a chunk returns: of each given token, as the one after its place."""
+
+    logprobs: Leaf  # f32 [B, T]
+    is_likeliest: Leaf  # bool [B, T]: no other token has a higher one
+
+
 class _Column(NamedTuple):
     """Where one field lies in a packed row."""
 

@@ -16,6 +16,7 @@ from jaxinfer import config as settings
 from jaxinfer import weights
 from jaxinfer.config import Config, ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.errors import ConfigError
 from jaxinfer.host.loop import Phase
 from jaxinfer.host.request import (
     JAXINFER_DEFAULTS,
@@ -27,6 +28,7 @@ from jaxinfer.host.request import (
     Timings,
 )
 from jaxinfer.recording import open_journal
+from jaxinfer.scoring import Scored, score
 from jaxinfer.sharding import placement
 from jaxinfer.store import find_store
 from jaxinfer.text.tokenizer import Tokenizer
@@ -112,6 +114,15 @@ class LLM:
             if not ended:
                 self.engine.cancel(request.request_id)
                 self._run_dry()
+
+    def score(self, prompt: Prompt) -> Scored:
+        """How likely the model finds each token of a text but the first, given those before it.
+
+        Raises ConfigError where the model was loaded without `engine.score_chunk`.
+        """
+        if self.engine.scorer is None:
+            raise ConfigError("nothing scores here; load with engine.score_chunk, such as 128")
+        return score(self.engine.scorer, self._ids(prompt))
 
     def stats(self) -> EngineStats:
         """Counts since the model was loaded."""

@@ -43,6 +43,8 @@ class MemoryPlan:
     """None where the device does not say."""
     num_slots: int
     max_seq_len: int
+    score_bytes: int = 0
+    """Pages of the one sequence that is scored, where engine.score_chunk asks for it."""
 
     @property
     def cache_bytes(self) -> int:
@@ -52,7 +54,8 @@ class MemoryPlan:
     @property
     def fixed_bytes(self) -> int:
         """All but the pages that sequences can own."""
-        return self.weight_bytes + self.temp_bytes + self.code_bytes + self.page_bytes
+        own = self.weight_bytes + self.temp_bytes + self.code_bytes + self.page_bytes
+        return own + self.score_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -104,9 +107,10 @@ def plan_memory(
         temp_bytes = max(program.temp_bytes for program in programs)
     else:
         temp_bytes = max(estimate_temp(shape, model, engine) for shape in shapes(engine))
+    page_bytes = paged.bytes_per_token(model, engine) * engine.cache.page_size
     return MemoryPlan(
         weight_bytes=_weight_bytes(model, engine, params),
-        page_bytes=paged.bytes_per_token(model, engine) * engine.cache.page_size,
+        page_bytes=page_bytes,
         page_size=engine.cache.page_size,
         num_pages=engine.num_pages,
         temp_bytes=temp_bytes,
@@ -115,6 +119,7 @@ def plan_memory(
         device_bytes=device_memory() if device_bytes is None else device_bytes,
         num_slots=engine.num_slots,
         max_seq_len=engine.max_seq_len,
+        score_bytes=page_bytes * (engine.pages_per_seq + 1) if engine.score_chunk else 0,
     )
 
 

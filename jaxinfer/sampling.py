@@ -35,11 +35,11 @@ def sample(logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"
     logits = _ban(logits, batch.banned)
     scale = jnp.where(batch.temperature > 0, 1.0 / jnp.maximum(batch.temperature, 1e-6), 1.0)
     candidates = _likeliest(logits)
-    totals = _log_sum(logits, candidates.logits[:, :1])
+    totals = log_sum(logits, candidates.logits[:, :1])
     scaled = candidates._replace(logits=candidates.logits * scale[:, None])
     scaled_totals = lax.cond(
         jnp.any((batch.temperature > 0) & (batch.temperature != 1.0)),
-        lambda: _log_sum(logits * scale[:, None], scaled.logits[:, :1]),
+        lambda: log_sum(logits * scale[:, None], scaled.logits[:, :1]),
         lambda: totals,
     )
     keys = _keys(batch.seed, positions)
@@ -70,7 +70,7 @@ def _likeliest(logits: Float[Array, "B V"]) -> _Candidates:
     return _Candidates(*lax.optimization_barrier(tuple(found)))
 
 
-def _log_sum(logits: Float[Array, "B V"], top: Float[Array, "B 1"]) -> Float[Array, " B"]:
+def log_sum(logits: Float[Array, "B V"], top: Float[Array, "B 1"]) -> Float[Array, " B"]:
     """log(sum(exp(logits))) of each row, given its largest."""
     return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[:, 0]
 

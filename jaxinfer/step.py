@@ -1,18 +1,22 @@
 """The functions that run on the device: prefill, decode, score; pure, trees in and trees out."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jaxinfer import cache as paged
 from jaxinfer import models, sampling
 from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.exact import enough_rows, with_rows
-from jaxinfer.inputs import Batch, StepOutput
+from jaxinfer.inputs import Batch, Scores, StepOutput
 from jaxinfer.kernels import paged_attention
 
 Params = object
+SCORED_AT_ONCE = 32  # positions whose logits are there at once
 
 
 def prefill(
@@ -48,6 +52,35 @@ def score(
     cache, x = _run(params, cache, batch, model=model, engine=engine)
     exact = engine.bits == "exact"
     return cache, models.module_of(model).head(params, x, config=model, exact=exact)
+
+
+def score_targets(
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    targets: Int[Array, "B T"],
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+) -> tuple[Cache, Scores]:
+    """Stores a chunk of T tokens a row, and says how likely `targets` were to follow each of them.
+
+    Logits are made for a few positions at a time: those of a whole chunk may not fit.
+    """
+    cache, x = _run(params, cache, batch, model=model, engine=engine)
+    head = models.module_of(model).head
+
+    def some(given: tuple[Array, Array]) -> Scores:
+        logits = head(params, given[0], config=model, exact=engine.bits == "exact")
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, given[1][:, None], axis=1)
+        logprobs = chosen[:, 0] - sampling.log_sum(logits, top)
+        return Scores(logprobs, chosen[:, 0] >= top[:, 0])
+
+    count = math.gcd(targets.size, SCORED_AT_ONCE)
+    parts = x.reshape(-1, count, x.shape[-1]), targets.reshape(-1, count)
+    found = lax.map(some, parts)
+    return cache, jax.tree.map(lambda leaf: leaf.reshape(targets.shape), found)
 
 
 def _sample(

@@ -19,10 +19,10 @@ def test_a_program_for_each_chunk_size_each_row_count_and_the_cache():
     config = tiny.engine_config(prefill_chunks=(8, 64), num_slots=40)
     assert [shape.name for shape in programs_of.shapes(config)] == [
         *("prefill-1x8", "prefill-1x64"),
-        *("decode-8x1", "decode-32x1", "decode-40x1"),
+        *("decode-1x1", "decode-8x1", "decode-32x1", "decode-40x1"),
     ]
     names = [program.shape.name for program in every_program(kept().engine)]
-    assert names == ["prefill-1x8", "decode-8x1", "allocate"]
+    assert names == ["prefill-1x8", "decode-1x1", "decode-8x1", "allocate"]
 
 
 def test_costs_add_up():
@@ -81,8 +81,8 @@ def compile_something():
 
 
 def plant(engine, action):
-    """Has an engine do something in its next decode."""
-    shape = Shape("decode", 8, 1)
+    """Has an engine do something in its next decode of one sequence."""
+    shape = Shape("decode", 1, 1)
     program = engine.programs[shape]
     left = [1]
 

@@ -86,6 +86,10 @@ def build(
     others = [allocate]
     if settings.engine.bits == "exact":
         others.append(programs_of.build_read_pages(params, model, settings.engine, store=store))
+    if settings.engine.score_chunk:
+        one, shape = settings.engine.scoring, programs_of.score_shape(settings.engine)
+        found = programs_of.build(params, model, one, wanted=[shape], store=store)
+        others += [found[shape], programs_of.build_allocate(params, model, one, store=store)]
     return (*steps.values(), *others)
 
 
