@@ -44,6 +44,7 @@ from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.snapshot import Saved, Snapshot
 from jaxinfer.inputs import StepOutput
+from jaxinfer.scoring import Scorer
 from jaxinfer.selftest import SelfTest
 from jaxinfer.store import Store
 
@@ -74,6 +75,7 @@ class Engine:
         self.limits = Limits(model.vocab_size, config.max_seq_len, model.eos_token_ids)
         self.device = Device(params, model, config, clock=clock, store=store, progress=progress)
         self.config = config = self.device.config  # without programs that failed the self-test
+        self.scorer = Scorer(params, model, config, store=store) if config.score_chunk else None
         self.journal: Recorder | None = None
         self.observer: Observer | None = None
         self.step_times: cost_model.StepTimes | None = None  # of step times; set it while idle

@@ -4,7 +4,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxinfer.errors import Draining, DuplicateRequest, EngineFailed, QueueFull
 from jaxinfer.host.request import (
@@ -45,6 +46,21 @@ class Keeps(Protocol):
     def close(self) -> None: ...
 
 
+class Pulse(NamedTuple):
+    """Whether steps end."""
+
+    num_steps: int
+    """Steps that have ended."""
+    has_work: bool
+
+
+class _Asked(NamedTuple):
+    """A call between two steps."""
+
+    function: Callable[[Any], Any]
+    answer: Future[Any]
+
+
 class EngineThread:
     """Runs an engine's steps for as long as there is work.
 
@@ -66,11 +82,13 @@ class EngineThread:
         self._deliver = deliver
         self._keeper = keeper
         self._wake = threading.Condition()
-        self._inbox: deque[Request | str] = deque()  # a request to submit, an id to cancel
+        self._inbox: deque[Request | str | _Asked] = deque()  # submit, cancel an id, call
         self._num_inbox_requests = 0
         self._live: set[str] = set(restored)
         self._is_draining = False
         self._is_stopping = False
+        self._num_steps = 0
+        self._ended: Callable[[Exception | None], None] = lambda error: None
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -79,8 +97,17 @@ class EngineThread:
         """Whether steps still run."""
         return self._thread.is_alive()
 
-    def start(self) -> None:
-        """Begins to step."""
+    @property
+    def pulse(self) -> Pulse:
+        """How far it is, from any thread."""
+        return Pulse(self._num_steps, bool(self._live or self._inbox))
+
+    def start(self, ended: Callable[[Exception | None], None] = lambda error: None) -> None:
+        """Begins to step; `ended` hears on the engine's thread that it is over, and why.
+
+        It hears that before the clients of live requests do.
+        """
+        self._ended = ended
         self._thread.start()
 
     def submit(self, request: Request) -> None:
@@ -88,7 +115,7 @@ class EngineThread:
         check_request(request, self.limits)
         with self._wake:
             if self._is_draining or self._is_stopping:
-                raise Draining("the server is stopping and takes no new requests")
+                raise Draining("the server is draining and takes no new requests; ask another")
             if not self._thread.is_alive():
                 raise Draining("the engine has stopped and takes no new requests")
             waiting = self._engine.num_waiting + self._num_inbox_requests
@@ -113,36 +140,65 @@ class EngineThread:
             self._inbox.append(request_id)
             self._wake.notify()
 
-    def drain(self, timeout_s: float) -> bool:
-        """Takes nothing new and waits for what runs; False where some was left at the end."""
+    def ask(self, function: Callable[[Any], Any]) -> Future[Any]:
+        """Calls `function(engine)` between two steps, on the engine's thread; a step follows.
+
+        Raises Draining where no step is to come.
+        """
+        asked = _Asked(function, Future())
+        with self._wake:
+            if self._is_stopping or not self._thread.is_alive():
+                raise Draining("the engine has stopped; nothing can be asked of it")
+            self._inbox.append(asked)
+            self._wake.notify()
+        return asked.answer
+
+    def refuse(self) -> None:
+        """Takes no new requests from now on; what runs goes on."""
         with self._wake:
             self._is_draining = True
+
+    def accept(self) -> None:
+        """Takes requests again."""
+        with self._wake:
+            self._is_draining = False
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and waits for what runs; False where some was left at the end."""
+        self.refuse()
+        with self._wake:
             return self._wake.wait_for(lambda: not self._live, timeout=timeout_s)
 
-    def stop(self) -> None:
-        """Ends the thread after the step under way; live requests end with CANCELLED."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after the step under way; live requests end with CANCELLED.
+
+        False where that step was not over in time.
+        """
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def stats(self) -> EngineStats:
         """The engine's counts after its last step."""
         return self._stats
 
     def _run(self) -> None:
+        failure: Exception | None = None
         try:
             while self._wait_for_work():
                 self._take_inbox()
                 self._give(self._engine.step())
+                self._num_steps += 1
                 self._keep()
         except Exception as error:  # barrier: whatever killed the engine, no client may hang
             log.exception("the engine stopped")
-            self._give_up(error)
+            failure = error
         else:
             self._keep(is_idle=True)
-            self._give_up(None)
+        self._give_up(failure)
         if self._keeper is not None:
             self._keeper.close()
 
@@ -163,10 +219,23 @@ class EngineThread:
             inbox, self._inbox = self._inbox, deque()
             self._num_inbox_requests = 0
         for entry in inbox:
-            if isinstance(entry, Request):
-                self._engine.submit(entry)
-            else:
-                self._engine.cancel(entry)
+            match entry:
+                case Request():
+                    self._engine.submit(entry)
+                case _Asked():
+                    self._answer(entry)
+                case _:
+                    self._engine.cancel(entry)
+
+    def _answer(self, asked: _Asked) -> None:
+        if not asked.answer.set_running_or_notify_cancel():
+            return
+        try:
+            found = asked.function(self._engine)
+        except Exception as error:  # barrier: an operator's mistake must not end the engine
+            asked.answer.set_exception(error)
+        else:
+            asked.answer.set_result(found)
 
     def _give(self, outputs: list[Output]) -> None:
         """Delivers a step's outputs; an ended request's id is free before its client knows."""
@@ -186,6 +255,11 @@ class EngineThread:
         with self._wake:
             self._is_stopping = True
             left = sorted(self._live)
+            unheard = [entry for entry in self._inbox if isinstance(entry, _Asked)]
+        self._ended(error)
+        for asked in unheard:
+            if asked.answer.set_running_or_notify_cancel():
+                asked.answer.set_exception(Draining("the engine has stopped"))
         reason = FinishReason.CANCELLED if error is None else FinishReason.ERROR
         text = str(error) if isinstance(error, EngineFailed) else "the engine stopped"
         self._give(

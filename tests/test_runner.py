@@ -148,3 +148,75 @@ def test_an_engine_that_dies_ends_every_request(started):
     assert "planted" not in batches[-1][0].error
     with pytest.raises(Draining):
         thread.submit(tiny.make_request("b", [1]))
+
+
+def test_what_is_asked_runs_between_steps_on_the_engines_thread(started):
+    engine = FakeEngine()
+    thread, batches = started(engine)
+    seen = thread.ask(lambda asked: (asked, asked.steps, threading.current_thread().name))
+    assert seen.result(5) == (engine, 0, "engine")
+    wait_for(lambda: engine.steps == 1)  # a step follows, also without work
+    with pytest.raises(ZeroDivisionError):
+        thread.ask(lambda asked: 1 / 0).result(5)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: ends(batches) == {"a": FinishReason.LENGTH})
+
+
+def test_what_is_asked_too_late_is_refused_and_never_hangs(started):
+    engine = FakeEngine()
+    engine.gate.clear()
+    thread, _ = started(engine)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: thread.pulse == (0, True) and not thread._inbox)
+    late = thread.ask(lambda asked: 1)
+    given_up = thread.ask(lambda asked: 2)
+    assert given_up.cancel()
+    threading.Timer(0.05, engine.gate.set).start()
+    thread.stop()
+    assert isinstance(late.exception(5), Draining) or late.result() == 1
+    with pytest.raises(Draining):
+        thread.ask(lambda asked: 3)
+
+
+def test_the_pulse_counts_steps_and_knows_of_work(started):
+    engine = FakeEngine()
+    thread, batches = started(engine)
+    assert thread.pulse == (0, False)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: thread.pulse == (3, False))
+    engine.gate.clear()
+    thread.submit(tiny.make_request("b", [1]))
+    assert thread.pulse == (3, True)
+    engine.gate.set()
+    wait_for(lambda: thread.pulse == (6, False))
+
+
+def test_its_end_is_told_before_any_client_hears_of_it():
+    told = []
+    thread = EngineThread(FakeEngine(fails_at=2), told.append)
+    thread.start(told.append)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: not thread.alive)
+    assert isinstance(told[1], RuntimeError) and str(told[1]) == "planted"
+    assert ends([told[0], told[2]]) == {"a": FinishReason.ERROR}
+
+
+def test_it_accepts_again_after_a_refusal(started):
+    thread, batches = started(FakeEngine())
+    thread.refuse()
+    with pytest.raises(Draining):
+        thread.submit(tiny.make_request("a", [1]))
+    thread.accept()
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: ends(batches) == {"a": FinishReason.LENGTH})
+
+
+def test_a_stop_that_takes_too_long_says_so(started):
+    engine = FakeEngine()
+    engine.gate.clear()
+    thread, _ = started(engine)
+    thread.submit(tiny.make_request("a", [1]))
+    wait_for(lambda: not thread._inbox)
+    assert not thread.stop(0.05)
+    engine.gate.set()
+    assert thread.stop(5.0)

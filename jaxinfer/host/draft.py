@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
-from jaxinfer.host.plan import Admission, Chunk, Plan, Stored
+from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored
 from jaxinfer.host.sequence import Sequence
 
 
@@ -36,6 +36,8 @@ class Draft:
         self._free_slots = [slot for slot, held in enumerate(slots) if held is None]
         self._prefill_budget = config.max_prefill_tokens
         self._preempt: list[Sequence] = []
+        self._gainers: list[Sequence] = []
+        self._held_up: HeldUp = ""
         self._admit: list[Admission] = []
         self._chunks: list[Chunk] = []
         self._decodes: list[Sequence] = []
@@ -69,6 +71,7 @@ class Draft:
     def admit(self, sequence: Sequence) -> bool:
         """A slot for the first in line, if its tokens fit beside all others; else nobody's turn."""
         if self._preempt or sequence.num_pending or not self._free_slots:
+            self._held_up = "slot" if not self._free_slots else "pages" if self._preempt else "step"
             return False
         shared = self._cached_pages(sequence)
         start = len(shared) * self._config.cache.page_size
@@ -76,6 +79,7 @@ class Draft:
         revived = [page for page in shared if is_idle(page) and page not in self._revived]
         needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)
         if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start).size):
+            self._held_up = "pages" if needed > self._free_pages else "prefill"
             return False
         self._admit.append(Admission(sequence, self._free_slots.pop(0), shared))
         self._running.append(sequence)
@@ -94,6 +98,8 @@ class Draft:
             decodes=tuple(self._decodes),
             num_pages=self._num_pages,
             stored=self._stored(),
+            held_up=self._held_up,
+            gainers=tuple(self._gainers),
         )
 
     def _stored(self) -> tuple[Stored, ...]:
@@ -142,6 +148,7 @@ class Draft:
                 return False
             num_missing = wanted - self._pages_held(sequence) - self._free_pages
             self._drop(self._victim(victims, num_missing))
+            self._gainers.append(sequence)
         if wanted > self._pages_held(sequence):
             self._free_pages -= wanted - self._pages_held(sequence)
             self._num_pages[sequence.order] = wanted

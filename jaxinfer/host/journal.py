@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Sequence as Items
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +31,8 @@ class Sink(Protocol):
     """Where records go."""
 
     @property
+    def path(self) -> Path | None: ...
+    @property
     def is_full(self) -> bool: ...
     def append(self, record: Record, /) -> None: ...
     def rotate(self, state: Record, /) -> None: ...
@@ -39,6 +42,7 @@ class Memory:
     """Keeps records in a list, as plain as a file would give them back."""
 
     is_full = False
+    path = None
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -64,6 +68,16 @@ class Recorder:
         self._decodes: list[int] = []
         self._num_pages: dict[int, int] = {}  # order -> pages that records have told
         self._pace = Pace()
+        self._wants_state = False
+
+    @property
+    def path(self) -> Path | None:
+        """The file that records go to now."""
+        return self._sink.path
+
+    def ask_for_state(self) -> None:
+        """A new segment should begin with the next step, full or not."""
+        self._wants_state = True
 
     def resume(self, step: int, sequences: list[Sequence]) -> None:
         """Goes on behind a saved state."""
@@ -73,7 +87,7 @@ class Recorder:
     @property
     def wants_state(self) -> bool:
         """Whether the next step should leave nothing under way, and `save` follow it."""
-        return self._sink.is_full
+        return self._wants_state or self._sink.is_full
 
     def submitted(self, sequence: Sequence) -> None:
         """A request arrived, or came back from a snapshot with some of its answer."""
@@ -171,6 +185,7 @@ class Recorder:
         """A new segment begins, with the state that a replay of it starts from."""
         self._decodes = []
         self._pace = Pace()
+        self._wants_state = False
         veiled = state if self._veil is None else self._veil.cover_state(state)
         self._sink.rotate({"step": self._num_steps} | veiled)
 

@@ -1,8 +1,12 @@
 """A step, decided: what a plan of the scheduler says."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxinfer.host.sequence import Sequence
+
+HeldUp = Literal["", "slot", "pages", "prefill", "step"]
+"""Why the first in line got no slot: none was free, its pages were not, the step had prefill work
+enough, or a step from before it gave way is still under way. Empty where nobody was left."""
 
 
 class Chunk(NamedTuple):
@@ -40,6 +44,8 @@ class Plan(NamedTuple):
     decodes: tuple[Sequence, ...]
     num_pages: dict[int, int]  # arrival order -> pages that the sequence then has
     stored: tuple[Stored, ...]
+    held_up: HeldUp = ""
+    gainers: tuple[Sequence, ...] = ()  # for whom each of `preempt` gives way
 
     @property
     def is_empty(self) -> bool:

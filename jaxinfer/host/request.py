@@ -1,8 +1,8 @@
 """What a client asks and what it gets: requests, sampling parameters, outputs."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 from jaxinfer.errors import InvalidRequest
 
@@ -10,6 +10,26 @@ MAX_SEED = 2**64 - 1
 MAX_STOP_IDS = 16  # end tokens that one row can ban until min_tokens is reached
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+
+
+class Range(NamedTuple):
+    """The values that a number may have, both ends included."""
+
+    low: float
+    high: float
+    is_whole: bool
+
+
+RANGES = {
+    "temperature": Range(0.0, 100.0, is_whole=False),
+    "top_k": Range(0, 2**31 - 1, is_whole=True),
+    "top_p": Range(0.0, 1.0, is_whole=False),  # but not 0
+    "min_p": Range(0.0, 1.0, is_whole=False),
+    "seed": Range(0, MAX_SEED, is_whole=True),
+    "max_tokens": Range(1, 2**31 - 1, is_whole=True),
+    "min_tokens": Range(0, 2**31 - 1, is_whole=True),
+}
+"""Of every number in SamplingParams; what a server says of itself is read off here."""
 
 
 class FinishReason(StrEnum):
@@ -58,13 +78,8 @@ class SamplingParams:
     """Goes on after the model's own end token."""
 
     def __post_init__(self) -> None:
-        _check_number(self, "temperature", low=0.0, high=100.0)
-        _check_number(self, "top_p", low=0.0, high=1.0)
-        _check_number(self, "min_p", low=0.0, high=1.0)
-        _check_integer(self, "top_k", low=0)
-        _check_integer(self, "seed", low=0, high=MAX_SEED)
-        _check_integer(self, "max_tokens", low=1)
-        _check_integer(self, "min_tokens", low=0)
+        for name, allowed in RANGES.items():
+            _check_range(name, getattr(self, name), allowed)
         if self.top_p == 0.0:
             raise InvalidRequest("top_p is 0; it must be above 0, up to 1", field="top_p")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
@@ -92,7 +107,9 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     priority: int = 0
-    """Lower goes first; equal ones in order of arrival."""
+    """Lower goes first; equal ones by turn, then in order of arrival."""
+    turn: int = 0
+    """Of equal priorities the lower goes first; the edge sets it so that tenants share fairly."""
     salt: str = ""
     """Only requests with the same salt share cached prefixes."""
     use_prefix_cache: bool = True
@@ -173,6 +190,8 @@ class EngineStats:
     num_cached_tokens: int = 0
     """Of these, found."""
     num_evicted_pages: int = 0
+    num_cached_pages: int = 0
+    """Pages that only the prefix cache holds; they count as free."""
 
 
 def check_request(request: Request, limits: Limits) -> None:
@@ -203,23 +222,14 @@ def check_request(request: Request, limits: Limits) -> None:
         )
 
 
-def _check_number(params: SamplingParams, name: str, *, low: float, high: float) -> None:
-    value = getattr(params, name)
+def _check_range(name: str, value: Any, allowed: Range) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a number", field=name)
-    if math.isnan(value) or not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}", field=name)
-
-
-def _check_integer(params: SamplingParams, name: str, *, low: int, high: int = 2**31 - 1) -> None:
-    value = getattr(params, name)
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number", field=name)
-    if not low <= value <= high:
+    kinds, words = (int, "a whole number") if allowed.is_whole else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InvalidRequest(f"{name} is {value!r}; it must be {words}", field=name)
+    if not allowed.low <= value <= allowed.high:  # NaN is in no range
+        low, high = allowed.low, allowed.high
         raise InvalidRequest(f"{name} is {value}; it must be from {low} to {high}", field=name)
 
 

@@ -51,6 +51,7 @@ class Writer:
         self._num_segments = num_segments
         self._num_bytes = 0
         self._file = -1
+        self.path = folder  # of the segment, as soon as it is open
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._open({})
 
@@ -90,6 +91,7 @@ class Writer:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         self._file = os.open(path, flags, 0o600)
         self._write({"journal": FORMAT, "segment": number} | self._header | {"state": state})
+        self.path = path
         self._num_bytes = 0  # a large state must not fill a segment by itself
         for old in known[: max(0, len(known) + 1 - self._num_segments)]:
             old.unlink(missing_ok=True)

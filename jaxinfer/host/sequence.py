@@ -52,6 +52,6 @@ class Sequence:
         return self.num_stored < self.num_to_prefill
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Who goes first: lower priority number, then earlier arrival."""
-        return (self.request.priority, self.order)
+    def rank(self) -> tuple[int, int, int]:
+        """Who goes first: lower priority number, then lower turn, then earlier arrival."""
+        return (self.request.priority, self.request.turn, self.order)
