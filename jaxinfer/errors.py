@@ -3,11 +3,19 @@
     JaxinferError
     ├── InvalidRequest        the caller's request can't be served as asked   INVALID_ARGUMENT
     │   ├── UnknownModel      no model of that name here                      NOT_FOUND
-    │   └── DuplicateRequest  a live request has that id already              ALREADY_EXISTS
+    │   ├── DuplicateRequest  a live request has that id already              ALREADY_EXISTS
+    │   └── UnknownRequest    no request of that id is known                  NOT_FOUND
+    ├── NeverFits             a request that can't ever be let in             FAILED_PRECONDITION
+    ├── SlowReader            a client takes nothing of its stream            ABORTED
     ├── Refused               a good request, at a bad moment
     │   ├── QueueFull         the waiting line is at its bound                RESOURCE_EXHAUSTED
+    │   ├── QuotaExceeded     the tenant has taken its share                  RESOURCE_EXHAUSTED
     │   └── Draining          the engine takes no new requests                UNAVAILABLE
+    ├── Unauthenticated       no token, or not one of the server's            UNAUTHENTICATED
+    ├── Forbidden             the token is not for that method                PERMISSION_DENIED
     ├── DeadlinePassed        the request's time ran out                      DEADLINE_EXCEEDED
+    ├── EndedByOperator       an operator ended the request                   CANCELLED
+    ├── OutOfTurn             an operator's call that does not fit the state  FAILED_PRECONDITION
     ├── ClientError           a call failed on its way, or for an unknown reason
     │   └── Unreachable       no server answers there, or it went away
     ├── ConfigError           a settings file, variable or flag is wrong
@@ -45,20 +53,63 @@ class DuplicateRequest(InvalidRequest):
     """A live request has that id already."""
 
 
+class UnknownRequest(InvalidRequest):
+    """No request of that id is live, or remembered."""
+
+
+class NeverFits(JaxinferError):
+    """A request larger than this server can ever let in, as it is set."""
+
+
+class SlowReader(JaxinferError):
+    """A client took nothing of its stream for too long; the request was ended."""
+
+
 class Refused(JaxinferError):
-    """A good request that can't be taken now; the same request may be taken later."""
+    """A good request that can't be taken now; it may be taken in `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFull(Refused):
     """The waiting line is at its bound."""
 
 
+class QuotaExceeded(Refused):
+    """A tenant is at one of its quotas; `retry_after_s` says when to ask again."""
+
+    def __init__(
+        self, message: str, *, quota: str = "", tenant: str = "", retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.quota = quota
+        self.tenant = tenant
+
+
 class Draining(Refused):
     """The engine is finishing what it has and takes nothing new."""
 
 
+class Unauthenticated(JaxinferError):
+    """A call without a token, or with one that is not the server's."""
+
+
+class Forbidden(JaxinferError):
+    """A call whose token is not for that method."""
+
+
 class DeadlinePassed(JaxinferError, TimeoutError):
     """The request's time ran out before it was finished."""
+
+
+class EndedByOperator(JaxinferError):
+    """An operator ended the request; asking again is no way around that."""
+
+
+class OutOfTurn(JaxinferError):
+    """An operator's call does not fit what the server does now."""
 
 
 class ClientError(JaxinferError):

@@ -3,16 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxinfer.client import translate
+from jaxinfer.client import channel, translate
 from jaxinfer.client.failures import Raised
-from jaxinfer.client.results import Completed, Completion, Delta, Model, Stamps
+from jaxinfer.client.results import Completed, Completion, Delta, Model, Score, Stamps
 from jaxinfer.client.resume import LOST_AGAIN, Attempts
-from jaxinfer.client.sync import CHANNEL_OPTIONS, POLL_S, PROBE_S
+from jaxinfer.client.sync import POLL_S, PROBE_S, READY_NAME
 from jaxinfer.client.translate import ChatMessages, Options
 from jaxinfer.errors import JaxinferError, Unreachable
 from jaxinfer.v1 import inference_pb2 as pb
@@ -27,13 +27,25 @@ class AsyncClient:
             ...
     """
 
-    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float | None = None,
+        token: str | None = None,
+        tls: bool = False,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+    ) -> None:
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        secure = channel.credentials(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key)
+        self._channel = channel.connect_aio(target, secure)
+        calls = channel.Calls(self._channel, channel.token_metadata(token))
+        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(calls)
+        self._models: Any = model_pb2_grpc.ModelServiceStub(calls)
+        self._health: Any = health_pb2_grpc.HealthStub(calls)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -73,6 +85,23 @@ class AsyncClient:
         message = translate.to_request(pb.GenerateStreamRequest, prompt, options)
         timeout_s = self._timeout(options.get("timeout_s"))
         return self._events(Attempts(message, options, timeout_s))
+
+    async def score(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: ChatMessages | None = None,
+        timeout_s: float | None = None,
+    ) -> Score:
+        """How likely the model finds a text; the server has engine.score_chunk set."""
+        given = translate.to_prompt(text, {"token_ids": token_ids, "messages": messages})
+        request = translate.build(pb.ScoreRequest, **given)
+        with Raised(self._target):
+            reply: pb.ScoreResponse = await self._inference.Score(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return translate.to_score(reply)
 
     async def tokenize(
         self,
@@ -129,7 +158,10 @@ class AsyncClient:
         return translate.to_model(reply.model)
 
     async def health(self, service: str = "", *, timeout_s: float | None = None) -> str:
-        """SERVING or NOT_SERVING; a name such as jaxinfer.v1.InferenceService asks about one."""
+        """SERVING or NOT_SERVING: of the process, or with a name whether requests are taken.
+
+        The names are those of the services, such as jaxinfer.v1.InferenceService, and the model's.
+        """
         request = health_pb2.HealthCheckRequest(service=service)
         with Raised(self._target):
             reply: health_pb2.HealthCheckResponse = await self._health.Check(
@@ -143,7 +175,7 @@ class AsyncClient:
         said = "nothing"
         while (left_s := end_s - time.monotonic()) > 0:
             try:
-                said = await self.health(timeout_s=min(left_s, PROBE_S))
+                said = await self.health(READY_NAME, timeout_s=min(left_s, PROBE_S))
             except JaxinferError as error:
                 said = str(error)
             if said == "SERVING":

@@ -76,6 +76,17 @@ class Completed:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How likely the model finds a text."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of each token but the first, given those before it: one fewer than token_ids."""
+    is_likeliest: tuple[bool, ...]
+    """Whether greedy decoding would have chosen it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model that a server has."""
 

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxinfer.client import translate
+from jaxinfer.client import channel, translate
 from jaxinfer.client.failures import Raised
-from jaxinfer.client.results import Completed, Completion, Delta, Model, Stamps
+from jaxinfer.client.results import Completed, Completion, Delta, Model, Score, Stamps
 from jaxinfer.client.resume import LOST_AGAIN, Attempts
 from jaxinfer.client.translate import ChatMessages, Options
 from jaxinfer.errors import JaxinferError, Unreachable
@@ -18,14 +18,7 @@ from jaxinfer.v1 import inference_pb2_grpc, model_pb2, model_pb2_grpc
 
 POLL_S = 0.05
 PROBE_S = 2.0
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),  # a server that vanished without a word is noticed
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),  # no bound: a long answer is one request
-    ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits grow to two minutes
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
+READY_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
 class Client:
@@ -37,15 +30,30 @@ class Client:
     Raises the server's own errors: InvalidRequest, UnknownModel, QueueFull, Draining,
     DeadlinePassed, EngineFailed; Unreachable where no server answers, ClientError for the rest.
     `timeout_s` is the deadline of a call that gives none itself.
+
+    `token` goes with every call. `tls_ca` is a PEM file of whom to trust, `tls` alone trusts what
+    the system does; `tls_cert` and `tls_key` are this client's own certificate.
     """
 
-    def __init__(self, target: str, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout_s: float | None = None,
+        token: str | None = None,
+        tls: bool = False,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+    ) -> None:
         self._target = target
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+        secure = channel.credentials(tls=tls, ca=tls_ca, cert=tls_cert, key=tls_key)
+        self._channel = channel.connect(target, secure)
+        calls = channel.Calls(self._channel, channel.token_metadata(token))
+        self._inference: Any = inference_pb2_grpc.InferenceServiceStub(calls)
+        self._models: Any = model_pb2_grpc.ModelServiceStub(calls)
+        self._health: Any = health_pb2_grpc.HealthStub(calls)
 
     def __enter__(self) -> "Client":
         return self
@@ -82,6 +90,23 @@ class Client:
         message = translate.to_request(pb.GenerateStreamRequest, prompt, options)
         timeout_s = self._timeout(options.get("timeout_s"))
         return self._events(Attempts(message, options, timeout_s))
+
+    def score(
+        self,
+        text: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: ChatMessages | None = None,
+        timeout_s: float | None = None,
+    ) -> Score:
+        """How likely the model finds a text; the server has engine.score_chunk set."""
+        given = translate.to_prompt(text, {"token_ids": token_ids, "messages": messages})
+        request = translate.build(pb.ScoreRequest, **given)
+        with Raised(self._target):
+            reply: pb.ScoreResponse = self._inference.Score(
+                request, timeout=self._timeout(timeout_s)
+            )
+        return translate.to_score(reply)
 
     def tokenize(
         self,
@@ -138,7 +163,10 @@ class Client:
         return translate.to_model(reply.model)
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> str:
-        """SERVING or NOT_SERVING; a name such as jaxinfer.v1.InferenceService asks about one."""
+        """SERVING or NOT_SERVING: of the process, or with a name whether requests are taken.
+
+        The names are those of the services, such as jaxinfer.v1.InferenceService, and the model's.
+        """
         request = health_pb2.HealthCheckRequest(service=service)
         with Raised(self._target):
             reply: health_pb2.HealthCheckResponse = self._health.Check(
@@ -152,7 +180,7 @@ class Client:
         said = "nothing"
         while (left_s := end_s - time.monotonic()) > 0:
             try:
-                said = self.health(timeout_s=min(left_s, PROBE_S))
+                said = self.health(READY_NAME, timeout_s=min(left_s, PROBE_S))
             except JaxinferError as error:
                 said = str(error)
             if said == "SERVING":

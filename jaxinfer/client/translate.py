@@ -13,6 +13,7 @@ from jaxinfer.client.results import (
     Completion,
     Delta,
     Model,
+    Score,
     Stamps,
     Timings,
     Usage,
@@ -215,6 +216,11 @@ def to_completion(message: pb.GenerateResponse, *, stamps: Stamps) -> Completion
         logprobs=tuple(message.output.logprobs),
         stamps=stamps,
     )
+
+
+def to_score(message: pb.ScoreResponse) -> Score:
+    """The scores of a text."""
+    return Score(tuple(message.token_ids), tuple(message.logprobs), tuple(message.is_likeliest))
 
 
 def to_model(message: model_pb2.Model) -> Model:

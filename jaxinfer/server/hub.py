@@ -1,11 +1,14 @@
 """Carries outputs from the engine's thread to the event loop, one mailbox for each live request."""
 
 import asyncio
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxinfer.errors import DuplicateRequest
+from jaxinfer.errors import DuplicateRequest, JaxinferError
 from jaxinfer.host.request import Output, Request
+from jaxinfer.server.answers import Answers, Draft
+from jaxinfer.server.line import Line
 from jaxinfer.server.resume import check_same
 
 
@@ -18,12 +21,19 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.is_abandoned = False
+        self.is_aborted = False  # by an operator
+        self.draft: Draft | None = None  # of the whole answer, for those who ask again
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._text: list[str] = []
         self._last: Output | None = None
         self._arrived = asyncio.Event()
         self._finished = asyncio.Event()
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of the whole request, as far as its reader may know."""
+        return 0 if self._last is None else self._last.num_output_tokens
 
     def put(self, output: Output) -> None:
         """Adds an output; on the loop's thread only."""
@@ -62,11 +72,30 @@ class Unclaimed(NamedTuple):
     mailbox: Mailbox
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """What sees every output, on the loop's thread: server.metrics, server.request_log."""
+
+    def delivered(self, outputs: list[Output], cancelled: Set[str], /) -> None:
+        """One step's outputs; nobody waits for those that are `cancelled`."""
+        ...
+
+
 class Hub:
     """The mailboxes of all live requests, and of restored ones that still wait for a reader."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        observers: Sequence[Observer] = (),
+        *,
+        answers: Answers | None = None,
+        line: Line | None = None,
+    ) -> None:
         self._loop = loop
+        self.answers = Answers(0.0) if answers is None else answers
+        self.line = Line() if line is None else line
+        self._observers = observers
         self._mailboxes: dict[str, Mailbox] = {}
         self._unclaimed: dict[str, Unclaimed] = {}
 
@@ -95,7 +124,29 @@ class Hub:
     def expect(self, request: Request) -> None:
         """Collects what a restored request gets, until it is claimed; before the engine runs."""
         mailbox = self.open(request.request_id)
+        mailbox.draft = Draft(request)
         self._unclaimed[request.request_id] = Unclaimed(request, mailbox)
+
+    def admit(self, request: Request) -> Mailbox:
+        """A mailbox for a request that may wait; raises what it is told where it may not."""
+        mailbox = self.open(request.request_id)
+        try:
+            self.line.check(request)
+        except JaxinferError:
+            self.forget(request.request_id)
+            raise
+        self.line.enter(request)
+        mailbox.draft = Draft(request)
+        return mailbox
+
+    def answered(self, request: Request, *, is_seeded: bool) -> tuple[Request, Mailbox] | None:
+        """A request that was served before under that id, and a mailbox with all it got."""
+        found = self.answers.find(request, is_seeded=is_seeded)
+        if found is None:
+            return None
+        mailbox = Mailbox()
+        mailbox.put(found.output)
+        return found.request, mailbox
 
     def claim(self, request: Request) -> Mailbox | None:
         """The mailbox of a restored request, with all that it ever got; None where there is none.
@@ -114,9 +165,17 @@ class Hub:
         unclaimed, self._unclaimed = self._unclaimed, {}
         return [name for name, one in unclaimed.items() if self.abandon(name, one.mailbox)]
 
+    def abort(self, request_ids: Iterable[str]) -> list[str]:
+        """Marks requests that an operator ends; returns those of them that are live."""
+        live = [name for name in dict.fromkeys(request_ids) if name in self._mailboxes]
+        for name in live:
+            self._mailboxes[name].is_aborted = True
+        return live
+
     def forget(self, request_id: str) -> None:
         """Drops the mailbox of a request that the engine did not take."""
         self._mailboxes.pop(request_id, None)
+        self.line.leave(request_id)
 
     def abandon(self, request_id: str, mailbox: Mailbox) -> bool:
         """Says that no one reads a request any more; True where the engine should end it.
@@ -124,7 +183,7 @@ class Hub:
         Its id stays taken until the engine has ended it, so that a new request of the same name
         can't get the old one's last output.
         """
-        if self._mailboxes.get(request_id) is not mailbox:
+        if self._mailboxes.get(request_id) is not mailbox or mailbox.is_abandoned:
             return False
         mailbox.is_abandoned = True
         return True
@@ -135,11 +194,21 @@ class Hub:
             self._loop.call_soon_threadsafe(self._spread, outputs)
 
     def _spread(self, outputs: list[Output]) -> None:
+        cancelled: set[str] = set()
         for output in outputs:
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is None:
                 continue
+            self.line.begin(output.request_id)
+            if mailbox.draft is not None:
+                mailbox.draft.add(output)
             if not mailbox.is_abandoned:
                 mailbox.put(output)
             if output.finish_reason is not None:
+                if mailbox.draft is not None:
+                    self.answers.add(mailbox.draft, output)
                 del self._mailboxes[output.request_id]
+                if mailbox.is_abandoned or mailbox.is_aborted:
+                    cancelled.add(output.request_id)
+        for observer in self._observers:
+            observer.delivered(outputs, cancelled)

@@ -98,8 +98,8 @@ def check_same(asked: Request, restored: Request) -> None:
     ]
     if names:
         raise InvalidRequest(
-            f"request {asked.request_id!r} can't be resumed by one with another "
-            f"{', '.join(names)}; send the same prompt and the parameters of its Started, or use "
-            "another request_id",
+            f"request {asked.request_id!r} is known here with another {', '.join(names)}; send the "
+            "same prompt and the parameters of its Started to go on with it, or use another "
+            "request_id",
             field=names[0],
         )

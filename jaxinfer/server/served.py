@@ -1,11 +1,14 @@
 """What the server needs of the rest: a model's facts, its tokenizer, and an engine."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.host.request import Limits, Output, Request, SamplingParams
+from jaxinfer.host.request import EngineStats, Limits, Output, Request, SamplingParams
+from jaxinfer.runner import Pulse
+from jaxinfer.text.assets import TextAssets
 
 Deliver = Callable[[list[Output]], None]
 
@@ -40,7 +43,14 @@ class EngineLike(Protocol):
     @property
     def alive(self) -> bool: ...
 
-    def start(self) -> None: ...
+    @property
+    def pulse(self) -> Pulse:
+        """Whether steps end; from any thread."""
+        ...
+
+    def start(self, ended: Callable[[Exception | None], None] = ...) -> None:
+        """Begins to step; `ended` hears on its thread that it is over, before any client does."""
+        ...
 
     def submit(self, request: Request) -> None:
         """Takes a request, or raises InvalidRequest, QueueFull or Draining at once."""
@@ -50,11 +60,23 @@ class EngineLike(Protocol):
         """Ends a request soon; an id that is not live is no error."""
         ...
 
-    def drain(self, timeout_s: float) -> bool:
-        """Takes nothing new, waits for what runs; False where some of it was not done in time."""
+    def refuse(self) -> None:
+        """Takes nothing new from now on."""
         ...
 
-    def stop(self) -> None: ...
+    def accept(self) -> None:
+        """Takes requests again."""
+        ...
+
+    def ask(self, function: Callable[[Any], Any]) -> Future[Any]:
+        """Calls `function(engine)` on its thread between two steps; a step follows."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends it after the step under way; False where that step was not over in time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,3 +89,7 @@ class ServedModel:
     limits: Limits
     defaults: SamplingParams = field(default_factory=SamplingParams)
     """What the model's own settings say about sampling."""
+    text: TextAssets | None = None
+    """What the tokenizer was built from, for a gateway that tokenizes itself."""
+    line: int = 0
+    """Requests that the engine holds, waiting ones included; 0 where that is not known."""

@@ -2,19 +2,29 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
-from jaxinfer.errors import DeadlinePassed, Draining, EngineFailed, InvalidRequest
-from jaxinfer.host.request import FinishReason, Output, Request
-from jaxinfer.server import translate
+from jaxinfer.errors import (
+    DeadlinePassed,
+    Draining,
+    EndedByOperator,
+    EngineFailed,
+    InvalidRequest,
+    QueueFull,
+    SlowReader,
+)
+from jaxinfer.host.request import FinishReason, Output, Request, SamplingParams
+from jaxinfer.server import bounds, translate
 from jaxinfer.server.hub import Hub, Mailbox
 from jaxinfer.server.resume import Rest, Seen, seen_from
+from jaxinfer.server.score import Scoring
 from jaxinfer.server.served import EngineLike, ServedModel
 from jaxinfer.server.status import Call, Reported
+from jaxinfer.server.tenants import CALLER, Tenants
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import model_pb2
 
@@ -27,10 +37,26 @@ NAMES = tuple(
 )
 
 
+class Asked(NamedTuple):
+    """What a request says, whichever protocol it came in."""
+
+    request_id: str
+    encode: Callable[[], list[int]]
+    """Makes the prompt's tokens; it may take long."""
+    sampling: SamplingParams
+    priority: int = 0
+    use_prefix_cache: bool = True
+    seen: Seen | None = None
+    """None where the request is not resumed."""
+    is_seeded: bool = True
+    """False where the seed was drawn here."""
+
+
 @dataclass(frozen=True)
 class Live:
     """A request that the engine has taken."""
 
+    request_id: str
     mailbox: Mailbox
     rest: Rest
     wanted: translate.Wanted
@@ -47,21 +73,27 @@ class Service:
         hub: Hub,
         *,
         salt: str = "",
+        reader_limit_s: float = 0.0,
+        tenants: Tenants | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._served = served
         self._engine = engine
         self._hub = hub
         self._salt = salt
+        self._reader_limit_s = reader_limit_s
+        self._tenants = Tenants() if tenants is None else tenants
         self._clock = clock
+        self._scoring = Scoring(served, engine)
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What a grpc.aio server dispatches to."""
         inference = {
             "Generate": _unary(self.generate),
             "GenerateStream": grpc.unary_stream_rpc_method_handler(
-                self.generate_stream, response_serializer=_to_bytes
+                self._write_stream, response_serializer=_to_bytes
             ),
+            "Score": _unary(self.score),
             "Tokenize": _unary(self.tokenize),
             "Detokenize": _unary(self.detokenize),
         }
@@ -73,9 +105,9 @@ class Service:
 
     async def generate(self, data: bytes, call: Call) -> pb.GenerateResponse:
         async with Reported(call):
-            live = await self._begin(translate.parse(pb.GenerateRequest, data), call)
+            live = await self._begin(await read(pb.GenerateRequest, data), call)
             output = live.rest.of(await live.mailbox.take_all())
-            _raise_failure(output)
+            raise_failure(output, live.mailbox)
             return pb.GenerateResponse(
                 started=live.started,
                 output=translate.to_delta(output, live.wanted) or pb.Delta(),
@@ -85,24 +117,69 @@ class Service:
 
     async def generate_stream(
         self, data: bytes, call: Call
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         async with Reported(call):
-            live = await self._begin(translate.parse(pb.GenerateStreamRequest, data), call)
-            yield pb.GenerateStreamResponse(started=live.started)
-            while True:
-                output = live.rest.of(await live.mailbox.take())
-                delta = translate.to_delta(output, live.wanted)
-                if delta is not None:
-                    yield pb.GenerateStreamResponse(delta=delta)
-                if output.finish_reason is not None:
-                    break
-            yield pb.GenerateStreamResponse(finished=translate.to_finished(output))
-            yield pb.GenerateStreamResponse(summary=translate.to_summary(output))
-            _raise_failure(output)
+            live = await self._begin(await read(pb.GenerateStreamRequest, data), call)
+            try:
+                yield pb.GenerateStreamResponse(started=live.started)
+                while True:
+                    output = live.rest.of(await live.mailbox.take())
+                    delta = translate.to_delta(output, live.wanted)
+                    if delta is not None:
+                        yield pb.GenerateStreamResponse(delta=delta)
+                    if output.finish_reason is not None:
+                        break
+                yield pb.GenerateStreamResponse(finished=translate.to_finished(output))
+                yield pb.GenerateStreamResponse(summary=translate.to_summary(output))
+                raise_failure(output, live.mailbox)
+            finally:
+                self.leave(live.request_id, live.mailbox)
+
+    async def _write_stream(self, data: bytes, call: Any) -> None:
+        await self.write(self.generate_stream(data, call), call)
+
+    async def write(self, events: AsyncGenerator[Any, None], call: Any) -> None:
+        """The events of a stream onto the wire; a client that takes none for too long is left.
+
+        What a client has not read is in its own window and in ours, and both are bounded. Its
+        status waits behind that; its request does not.
+        """
+        limit_s, is_begun = self._reader_limit_s, False
+        async for event in events:
+            try:
+                async with asyncio.timeout(limit_s or None):
+                    if not is_begun:  # or no status could follow while the first message waits
+                        await call.send_initial_metadata(())
+                        is_begun = True
+                    await call.write(event)
+            except TimeoutError:
+                await events.aclose()
+                async with Reported(call):
+                    raise SlowReader(
+                        f"nothing was read for {limit_s:g} s (server.reader_limit_s); resume with "
+                        "the same request_id to go on"
+                    ) from None
+
+    async def score(self, data: bytes, call: Call) -> pb.ScoreResponse:
+        async with Reported(call):
+            message = await read(pb.ScoreRequest, data)
+            translate.check_model(message.model, self._served)
+            encode = translate.encoder(message, self._served.tokenizer)
+            tokens = list(await asyncio.to_thread(encode))
+            lease = self._tenants.begin(CALLER.get(), len(tokens), None)
+            try:
+                parts = await self._scoring.of(tokens)
+            finally:
+                lease.end()
+            return pb.ScoreResponse(
+                token_ids=tokens,
+                logprobs=[value for part in parts for value in part.logprobs.tolist()],
+                is_likeliest=[value for part in parts for value in part.is_likeliest.tolist()],
+            )
 
     async def tokenize(self, data: bytes, call: Call) -> pb.TokenizeResponse:
         async with Reported(call):
-            message = translate.parse(pb.TokenizeRequest, data)
+            message = await read(pb.TokenizeRequest, data)
             translate.check_model(message.model, self._served)
             if message.HasField("add_special") and message.HasField("chat"):
                 raise InvalidRequest(
@@ -115,63 +192,89 @@ class Service:
 
     async def detokenize(self, data: bytes, call: Call) -> pb.DetokenizeResponse:
         async with Reported(call):
-            message = translate.parse(pb.DetokenizeRequest, data)
+            message = await read(pb.DetokenizeRequest, data)
             translate.check_model(message.model, self._served)
-            vocab_size = self._served.limits.vocab_size
-            for place, token in enumerate(message.token_ids):
-                if not 0 <= token < vocab_size:
-                    raise InvalidRequest(
-                        f"token_ids[{place}] is {token}; token ids of this model go from 0 to "
-                        f"{vocab_size - 1}",
-                        field="token_ids",
-                    )
             skip_special = message.skip_special if message.HasField("skip_special") else True
-            decode = self._served.tokenizer.decode
-            text = await asyncio.to_thread(decode, message.token_ids, skip_special=skip_special)
+            text = await asyncio.to_thread(self._decoded, message.token_ids, skip_special)
             return pb.DetokenizeResponse(text=text)
 
     async def list_models(self, data: bytes, call: Call) -> model_pb2.ListModelsResponse:
         async with Reported(call):
-            translate.parse(model_pb2.ListModelsRequest, data)
+            await read(model_pb2.ListModelsRequest, data)
             return model_pb2.ListModelsResponse(models=[translate.to_model(self._served)])
 
     async def get_model(self, data: bytes, call: Call) -> model_pb2.GetModelResponse:
         async with Reported(call):
-            message = translate.parse(model_pb2.GetModelRequest, data)
+            message = await read(model_pb2.GetModelRequest, data)
             translate.check_model(message.model, self._served)
             return model_pb2.GetModelResponse(model=translate.to_model(self._served))
+
+    async def begin(self, asked: Asked, call: Call) -> tuple[Request, Mailbox]:
+        """Submits or resumes; from then on the end of the call is the end of the request."""
+        deadline_s = self._deadline_s(call)
+        caller = CALLER.get()
+        caller.check_priority(asked.priority)
+        prompt = await asyncio.to_thread(asked.encode)
+        lease = self._tenants.begin(caller, len(prompt), asked.sampling.max_tokens)
+        request = Request(
+            request_id=caller.request_id(asked.request_id),
+            prompt=tuple(prompt),
+            sampling=asked.sampling,
+            priority=asked.priority,
+            turn=lease.turn,
+            salt=caller.salt(self._salt),
+            use_prefix_cache=asked.use_prefix_cache,
+            deadline_s=deadline_s,
+        )
+        with lease:
+            claimed = None if asked.seen is None else self._hub.claim(request)
+            again = None if claimed else self._hub.answered(request, is_seeded=asked.is_seeded)
+            if again is not None:
+                call.add_done_callback(lambda _: lease.end())
+                return again
+            mailbox = claimed or self._submit(request)
+        lease.num_output_tokens = lambda: mailbox.num_output_tokens
+        call.add_done_callback(lambda _: lease.end())
+        call.add_done_callback(lambda _: self.leave(request.request_id, mailbox))
+        return request, mailbox
+
+    def _decoded(self, token_ids: Sequence[int], skip_special: bool) -> str:
+        vocab_size = self._served.limits.vocab_size
+        for place, token in enumerate(token_ids):
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"token_ids[{place}] is {token}; token ids of this model go from 0 to "
+                    f"{vocab_size - 1}",
+                    field="token_ids",
+                )
+        return self._served.tokenizer.decode(token_ids, skip_special=skip_special)
 
     async def _begin(
         self, message: pb.GenerateRequest | pb.GenerateStreamRequest, call: Call
     ) -> Live:
-        """Submits or resumes; from then on the end of the call is the end of the request."""
-        deadline_s = self._deadline_s(call)
         translate.check_model(message.model, self._served)
-        seen = seen_from(message)
-        request_id = translate.request_id_from(message)
-        sampling = translate.sampling_from(message, self._served.defaults)
-        wanted = translate.wanted_from(message.output)
-        prompt = await asyncio.to_thread(translate.encoder(message, self._served.tokenizer))
-        request = Request(
-            request_id=request_id,
-            prompt=tuple(prompt),
-            sampling=sampling,
+        asked = Asked(
+            request_id=translate.request_id_from(message),
+            encode=translate.encoder(
+                message, self._served.tokenizer, max_tokens=self._served.limits.max_seq_len
+            ),
+            sampling=translate.sampling_from(message, self._served.defaults),
             priority=message.priority,
-            salt=self._salt,
             use_prefix_cache=translate.uses_prefix_cache(message),
-            deadline_s=deadline_s,
+            seen=seen_from(message),
+            is_seeded=message.sampling.HasField("seed"),
         )
-        mailbox = (None if seen is None else self._hub.claim(request)) or self._submit(request)
-        call.add_done_callback(lambda _: self._leave(request_id, mailbox))
+        wanted = translate.wanted_from(message.output)
+        request, mailbox = await self.begin(asked, call)
         started = translate.to_started(
-            request_id=request_id,
+            request_id=asked.request_id,
             model=self._served.name,
-            num_prompt_tokens=len(prompt),
+            num_prompt_tokens=len(request.prompt),
             parameters=translate.to_parameters(
-                sampling, wanted, request.priority, request.use_prefix_cache
+                request.sampling, wanted, asked.priority, asked.use_prefix_cache
             ),
         )
-        return Live(mailbox, Rest(seen or Seen()), wanted, started)
+        return Live(request.request_id, mailbox, Rest(asked.seen or Seen()), wanted, started)
 
     def _deadline_s(self, call: Call) -> float | None:
         remaining_s = call.time_remaining()
@@ -182,22 +285,26 @@ class Service:
         return self._clock() + remaining_s
 
     def _submit(self, request: Request) -> Mailbox:
-        mailbox = self._hub.open(request.request_id)
+        mailbox = self._hub.admit(request)
         taken = False
         try:
             self._engine.submit(request)
             taken = True
+        except QueueFull as error:
+            error.retry_after_s = self._hub.line.retry_after_s
+            raise
         finally:
             if not taken:
                 self._hub.forget(request.request_id)
         return mailbox
 
-    def _leave(self, request_id: str, mailbox: Mailbox) -> None:
+    def leave(self, request_id: str, mailbox: Mailbox) -> None:
+        """No one reads a request any more."""
         if self._hub.abandon(request_id, mailbox):
             self._engine.cancel(request_id)
 
 
-def _raise_failure(output: Output) -> None:
+def raise_failure(output: Output, mailbox: Mailbox) -> None:
     """Raises where a request ended without an answer."""
     match output.finish_reason:
         case FinishReason.DEADLINE:
@@ -205,10 +312,19 @@ def _raise_failure(output: Output) -> None:
                 f"the deadline passed after {output.num_output_tokens} tokens; give more time, or "
                 "ask for fewer with max_tokens"
             )
+        case FinishReason.CANCELLED if mailbox.is_aborted:
+            raise EndedByOperator("an operator ended this request; asking again may not help")
         case FinishReason.CANCELLED:
             raise Draining("the server stopped before this request was finished; ask another")
         case FinishReason.ERROR:
             raise EngineFailed(output.error)
+
+
+async def read(kind: type[translate.M], data: bytes) -> translate.M:
+    """A message of these bytes; a large one is read while the event loop goes on."""
+    if len(data) <= bounds.LARGE_BYTES:
+        return translate.parse(kind, data)
+    return await asyncio.to_thread(translate.parse, kind, data)
 
 
 def _unary(behaviour: Any) -> grpc.RpcMethodHandler:

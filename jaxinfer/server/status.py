@@ -1,7 +1,10 @@
 """The one table from errors to gRPC status codes, and the details that travel with a status."""
 
 import logging
+import math
 import secrets
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -15,8 +18,8 @@ from jaxinfer.server.translate import wire_path
 
 DOMAIN = "jaxinfer"
 DETAILS_KEY = "grpc-status-details-bin"
-RETRY_AFTER_S = 1
-MAX_MESSAGE_CHARS = 400  # a status travels in headers, and peers bound those at 8 kB
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+MAX_MESSAGE_BYTES = 400  # a status travels in headers three times, and peers bound those at 8 kB
 MISSING = (grpc.StatusCode.INTERNAL, "INTERNAL")
 
 TABLE: dict[type[BaseException], tuple[grpc.StatusCode, str]] = {
@@ -24,11 +27,22 @@ TABLE: dict[type[BaseException], tuple[grpc.StatusCode, str]] = {
     errors.UnknownModel: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     errors.DuplicateRequest: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     errors.QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.QuotaExceeded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    errors.Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.Forbidden: (grpc.StatusCode.PERMISSION_DENIED, "FORBIDDEN"),
+    errors.NeverFits: (grpc.StatusCode.FAILED_PRECONDITION, "NEVER_FITS"),
+    errors.SlowReader: (grpc.StatusCode.ABORTED, "SLOW_READER"),
     errors.Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.DeadlinePassed: (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_PASSED"),
     errors.EngineFailed: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    errors.UnknownRequest: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_REQUEST"),
+    errors.EndedByOperator: (grpc.StatusCode.CANCELLED, "ENDED_BY_OPERATOR"),
+    errors.OutOfTurn: (grpc.StatusCode.FAILED_PRECONDITION, "OUT_OF_TURN"),
 }
 """Code and reason by error class; a class stands for its subclasses. All else is INTERNAL."""
+
+HEARD: ContextVar[Callable[[str], None]] = ContextVar("heard", default=lambda code: None)
+"""Hears the status of the call of this task; an interceptor sets it before the handler runs."""
 
 log = logging.getLogger("jaxinfer.server")
 
@@ -62,9 +76,12 @@ class Reported:
         trace: TracebackType | None,
     ) -> None:
         # What is no Exception is the call's own end: a client that left, a generator closed.
-        if isinstance(error, Exception):
+        if not isinstance(error, Exception):
+            HEARD.get()("OK" if error is None else "CANCELLED")
+        else:
             code, status = status_of(error)
-            details = ((DETAILS_KEY, status.SerializeToString()),)
+            HEARD.get()(code.name)
+            details = ((DETAILS_KEY, status.SerializeToString()), *_pushback(error))
             await self._call.abort(code, status.message, details)
 
 
@@ -79,7 +96,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
         error_id = secrets.token_hex(4)
         log.error("internal error %s: %s", error_id, error, exc_info=error)
         message = f"the server failed while it served this request; its log has error {error_id}"
-    message = message[:MAX_MESSAGE_CHARS]
+    message = _cut(message)
     details = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN), *_more(error, message)]
     return code, status_pb2.Status(
         code=code.value[0], message=message, details=[_packed(detail) for detail in details]
@@ -95,15 +112,47 @@ def row(kind: type[BaseException]) -> tuple[grpc.StatusCode, str]:
 
 
 def _more(error: Exception, message: str) -> list[Message]:
-    if isinstance(error, errors.QueueFull):
-        delay = duration_pb2.Duration(seconds=RETRY_AFTER_S)
-        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    if isinstance(error, errors.Refused):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        retry = error_details_pb2.RetryInfo(retry_delay=delay)
+        return [retry, *_quota_failure(error, message)]
+    if isinstance(error, errors.NeverFits):
+        broken = error_details_pb2.PreconditionFailure.Violation(
+            type="CAPACITY", subject="server.max_waiting_tokens", description=message
+        )
+        return [error_details_pb2.PreconditionFailure(violations=[broken])]
     if isinstance(error, errors.InvalidRequest) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=wire_path(error.field)[:MAX_MESSAGE_CHARS], description=message
+            field=_cut(wire_path(error.field)), description=message
         )
         return [error_details_pb2.BadRequest(field_violations=[violation])]
     return []
+
+
+def _quota_failure(error: errors.Refused, message: str) -> list[Message]:
+    match error:
+        case errors.QuotaExceeded():
+            subject = f"tenant:{error.tenant}"
+        case errors.QueueFull():
+            subject = "server"
+        case _:
+            return []
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=message)
+    return [error_details_pb2.QuotaFailure(violations=[violation])]
+
+
+def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
+    """When gRPC's own retries may come back."""
+    if not isinstance(error, errors.Refused):
+        return ()
+    return ((PUSHBACK_KEY, str(math.ceil(error.retry_after_s * 1000))),)
+
+
+def _cut(text: str) -> str:
+    """What fits into headers: its begin, as text that has UTF-8, without controls."""
+    data = text.encode(errors="replace")[:MAX_MESSAGE_BYTES]
+    return "".join(one if one.isprintable() else "?" for one in data.decode(errors="ignore"))
 
 
 def _packed(detail: Message) -> any_pb2.Any:

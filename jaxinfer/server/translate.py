@@ -1,13 +1,11 @@
 """Messages of `jaxinfer.v1` to requests, and outputs to messages."""
 
-import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxinfer.errors import InvalidRequest, UnknownModel
 from jaxinfer.host.request import (
@@ -16,15 +14,17 @@ from jaxinfer.host.request import (
     Output,
     SamplingParams,
 )
+from jaxinfer.server import bounds
+from jaxinfer.server.bounds import json_value
+from jaxinfer.server.capabilities import CAPABILITIES, MAX_ID_CHARS
 from jaxinfer.server.served import Codec, ServedModel
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import model_pb2
 
 M = TypeVar("M", bound=Message)
 
-MAX_ID_CHARS = 256
 # Names that a chat template's caller sets itself, so a request's variables can't.
-TAKEN_NAMES = ("self", "messages", "tools", "add_generation_prompt")
+TAKEN_NAMES = ("self", "messages", "tools", "add_generation_prompt", "now")
 WIRE_PATHS = {
     "messages": "chat.messages",
     **{field.name: f"sampling.{field.name}" for field in pb.Sampling.DESCRIPTOR.fields},
@@ -49,9 +49,10 @@ def parse(kind: type[M], data: bytes) -> M:
     except DecodeError:
         raise InvalidRequest(
             f"{len(data)} bytes that are no {kind.DESCRIPTOR.full_name}: damaged, or text in them "
-            "that is not UTF-8"
+            "that is not UTF-8",
+            field="the request",
         ) from None
-    _refuse_unknown(message, path="")
+    bounds.refuse_unknown(message)
     return message
 
 
@@ -78,24 +79,29 @@ def request_id_from(message: pb.GenerateRequest | pb.GenerateStreamRequest) -> s
 
 
 def encoder(
-    message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.TokenizeRequest,
+    message: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.TokenizeRequest,
     tokenizer: Codec,
     *,
     add_special: bool = True,
+    max_tokens: int | None = None,
 ) -> Callable[[], list[int]]:
-    """What turns a prompt into token ids; it may take long, so the caller chooses the thread."""
+    """What turns a prompt into token ids; it may take long, so the caller chooses the thread.
+
+    What can't be `max_tokens` or less is refused, or cut one beyond that, before work goes into it.
+    """
     match message.WhichOneof("prompt"):
         case "text":
             text = message.text
             if not text:
                 raise InvalidRequest("the prompt is empty; give at least a letter", field="text")
+            bounds.check_text(text, max_tokens=max_tokens, field="text")
             return lambda: tokenizer.encode(text, add_special=add_special)
         case "token_ids" if not isinstance(message, pb.TokenizeRequest):
-            ids = list(message.token_ids.ids)
+            ids = message.token_ids.ids[: None if max_tokens is None else max_tokens + 1]
             return lambda: ids
         case "chat":
-            arguments = _chat_arguments(message.chat)
-            return lambda: tokenizer.encode_chat(**arguments)
+            chat = message.chat
+            return lambda: tokenizer.encode_chat(**_chat_arguments(chat, max_tokens))
         case _:
             raise InvalidRequest(
                 "the request has no prompt; give text, token_ids or chat", field="prompt"
@@ -111,7 +117,12 @@ def sampling_from(
         field.name: value if isinstance(value, int | float) else tuple(value)
         for field, value in present
     }
-    sampling = SamplingParams(**values).or_else(defaults).or_else(JAXINFER_DEFAULTS)
+    return in_force(SamplingParams(**values), defaults)
+
+
+def in_force(asked: SamplingParams, defaults: SamplingParams) -> SamplingParams:
+    """What a request asked, filled up with the model's values, then ours, and a drawn seed."""
+    sampling = asked.or_else(defaults).or_else(JAXINFER_DEFAULTS)
     if sampling.seed is None:
         return replace(sampling, seed=secrets.randbits(64))
     return sampling
@@ -218,31 +229,23 @@ def to_model(served: ServedModel) -> model_pb2.Model:
         d_model=served.config.d_model,
         eos_token_ids=served.limits.eos_token_ids,
         defaults=to_parameters(defaults, Wanted()),
+        capabilities=[model_pb2.Capability(**one._asdict()) for one in CAPABILITIES],
     )
 
 
-def _refuse_unknown(message: Message, *, path: str) -> None:
-    unknown = UnknownFieldSet(message)
-    if len(unknown):
-        where = path or "the request"
-        raise InvalidRequest(
-            f"{where} has a field numbered {unknown[0].field_number}, which this server does not "
-            f"know in {message.DESCRIPTOR.full_name}; leave it out, or ask a newer server",
-            field=path,
-        )
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        inner = f"{path}.{field.name}" if path else field.name
-        for part in [value] if isinstance(value, Message) else value:
-            _refuse_unknown(part, path=inner)
-
-
-def _chat_arguments(chat: pb.Chat) -> dict[str, Any]:
+def _chat_arguments(chat: pb.Chat, max_tokens: int | None) -> dict[str, Any]:
     if not chat.messages:
         raise InvalidRequest("the conversation is empty; give a message", field="chat.messages")
-    messages = [_chat_message(message, place) for place, message in enumerate(chat.messages)]
-    kwargs = _json(chat.template_kwargs_json, dict, field="chat.template_kwargs_json")
+    if len(chat.messages) > bounds.MAX_CHAT_MESSAGES:
+        raise InvalidRequest(
+            f"the conversation has {len(chat.messages)} messages; at most "
+            f"{bounds.MAX_CHAT_MESSAGES} are taken",
+            field="chat.messages",
+        )
+    messages = [
+        _chat_message(message, place, max_tokens) for place, message in enumerate(chat.messages)
+    ]
+    kwargs = json_value(chat.template_kwargs_json, dict, field="chat.template_kwargs_json")
     taken = [name for name in TAKEN_NAMES if name in kwargs]
     if taken:
         raise InvalidRequest(
@@ -253,35 +256,31 @@ def _chat_arguments(chat: pb.Chat) -> dict[str, Any]:
     return {
         **kwargs,
         "messages": messages,
-        "tools": _json(chat.tools_json, list, field="chat.tools_json") or None,
+        "tools": _tools(chat.tools_json),
         "add_generation_prompt": opens,
     }
 
 
-def _chat_message(message: pb.ChatMessage, place: int) -> dict[str, Any]:
+def _tools(text: str) -> list[dict[str, Any]] | None:
+    field = "chat.tools_json"
+    tools = json_value(text, list, field=field)
+    for place, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise InvalidRequest(
+                f"{field}[{place}] is no object; each tool is described by one", field=field
+            )
+    return tools or None
+
+
+def _chat_message(message: pb.ChatMessage, place: int, max_tokens: int | None) -> dict[str, Any]:
     field = f"chat.messages[{place}]"
+    bounds.check_text(message.content, max_tokens=max_tokens, field=f"{field}.content")
     if not message.role:
         raise InvalidRequest(f"{field} has no role; say who speaks", field=f"{field}.role")
-    more = _json(message.fields_json, dict, field=f"{field}.fields_json")
+    more = json_value(message.fields_json, dict, field=f"{field}.fields_json")
     present = {entry.name: value for entry, value in message.ListFields()}
     present.pop("fields_json", None)
     return {**more, **present}
-
-
-def _json(text: str, kind: type, *, field: str) -> Any:
-    if not text:
-        return kind()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "too deep or too large"
-        raise InvalidRequest(f"{field} is not JSON: {reason}", field=field) from None
-    if not isinstance(value, kind):
-        word = "an array" if kind is list else "an object"
-        raise InvalidRequest(
-            f"{field} holds a JSON {type(value).__name__}; it must be {word}", field=field
-        )
-    return value
 
 
 def _filled(kind: type[M], source: SamplingParams | Wanted) -> M:

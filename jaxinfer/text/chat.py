@@ -1,6 +1,7 @@
 """Chat templates, rendered as the Hugging Face libraries do."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -10,12 +11,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.text.assets import TextAssets, check_unicode
+from jaxinfer.text.sandbox import Sandbox, TooMuch, bounded, modest
 
-MAX_CHAT_CHARS = 4_000_000
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -65,16 +65,21 @@ def render(
         "strftime_now": (now or datetime.now()).strftime,
     }
     try:
-        text = _bounded(template, values)
-    except InvalidRequest:
-        raise
+        text = bounded(template, values)
+    except TooMuch as error:
+        raise InvalidRequest(
+            f"the chat template makes too much of these messages: {error}; send fewer or shorter "
+            "ones",
+            field="messages",
+        ) from error
     except RaisedByTemplate as error:
         raise InvalidRequest(
             f"the chat template refuses these messages: {error}", field="messages"
         ) from error
     except TEMPLATE_ERRORS as error:
         raise InvalidRequest(
-            f"the chat template fails on these messages: {type(error).__name__}: {error}",
+            f"the chat template fails on these messages{_why(error)}; see that each has the keys "
+            "that the model's template reads",
             field="messages",
         ) from error
     check_unicode(text, field="messages")
@@ -97,10 +102,33 @@ def _check_messages(messages: Sequence[Message]) -> None:
                 _check_part(part, where=f"{where}.content[{number}]")
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise InvalidRequest(
-                f"{where}.content is {type(content).__name__}; it must be text or a list of text "
+                f"{where}.content is {_kind(content)}; it must be text or a list of text "
                 "parts, and may be absent only beside tool_calls",
                 field="messages",
             )
+
+
+def _why(error: BaseException) -> str:
+    """What a template lacked; other errors would show Python's names and addresses."""
+    said = str(error)
+    tells = re.search(r"[<>]|0x|/|__|jinja2|builtin", said)
+    is_fit = isinstance(error, jinja2.UndefinedError) and tells is None
+    return f": {said[:200]}" if is_fit else ""
+
+
+def _kind(value: object) -> str:
+    """The word of JSON for a value."""
+    match value:
+        case None:
+            return "null or absent"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case Mapping():
+            return "an object"
+        case _:
+            return "no text"
 
 
 def _check_part(part: object, *, where: str) -> None:
@@ -142,24 +170,10 @@ def _takes_parts(source: str) -> bool:
     for content in ("probe", [part]):
         messages = [{"role": "user", "content": content}]
         try:
-            texts.append(_bounded(_compile(source), {**values, "messages": messages}))
+            texts.append(bounded(_compile(source), {**values, "messages": messages}))
         except TEMPLATE_ERRORS:
             return False
     return texts[0] == texts[1]
-
-
-def _bounded(template: jinja2.Template, values: Mapping[str, Any]) -> str:
-    """Renders part by part, to end a text that grows beyond all use."""
-    parts: list[str] = []
-    num_chars = 0
-    for part in template.generate(**values):
-        num_chars += len(part)
-        if num_chars > MAX_CHAT_CHARS:
-            raise InvalidRequest(
-                f"the rendered chat is longer than {MAX_CHAT_CHARS} characters", field="messages"
-            )
-        parts.append(part)
-    return "".join(parts)
 
 
 class RaisedByTemplate(jinja2.TemplateError):
@@ -179,10 +193,10 @@ class GenerationTag(jinja2.ext.Extension):
 
 @lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
-    environment: Any = ImmutableSandboxedEnvironment(
+    environment: Any = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = modest(_to_json)
     environment.globals["raise_exception"] = _raise_exception
     try:
         return environment.from_string(source)

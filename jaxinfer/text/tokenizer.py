@@ -48,7 +48,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text; a special token's name in the text becomes that token."""
         check_unicode(text, field="text")
-        return self._finish(self._hf.encode(text, add_special_tokens=add_special), add_special)
+        # A batch of one: only a batch lets other threads run meanwhile.
+        (found,) = self._hf.encode_batch([text], add_special_tokens=add_special)
+        return self._finish(found, add_special)
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
         """The token ids of many texts, each as if it were alone."""

@@ -49,6 +49,11 @@ class InferenceServiceStub(object):
                 request_serializer=jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/jaxinfer.v1.InferenceService/Score',
+                request_serializer=jaxinfer_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=jaxinfer_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxinfer.v1.InferenceService/Tokenize',
                 request_serializer=jaxinfer_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -86,6 +91,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """How likely the model finds a given text, token by token; nothing is generated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Shows the tokens that a prompt becomes.
         """
@@ -112,6 +124,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=jaxinfer_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=jaxinfer_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -183,6 +200,33 @@ class InferenceService(object):
             '/jaxinfer.v1.InferenceService/GenerateStream',
             jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             jaxinfer_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxinfer.v1.InferenceService/Score',
+            jaxinfer_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            jaxinfer_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

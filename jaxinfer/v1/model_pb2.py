@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from jaxinfer.v1 import inference_pb2 as jaxinfer_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17jaxinfer/v1/model.proto\x12\x0bjaxinfer.v1\x1a\x1bjaxinfer/v1/inference.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.jaxinfer.v1.Model\"/\n\x0fGetModelRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.jaxinfer.v1.Model\"\xad\x02\n\x05Model\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0c\x61rchitecture\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x17\n\nvocab_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0bmax_seq_len\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nnum_layers\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x14\n\x07\x64_model\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x07 \x03(\x05\x12)\n\x08\x64\x65\x66\x61ults\x18\x08 \x01(\x0b\x32\x17.jaxinfer.v1.ParametersB\x07\n\x05_nameB\x0f\n\r_architectureB\r\n\x0b_vocab_sizeB\x0e\n\x0c_max_seq_lenB\r\n\x0b_num_layersB\n\n\x08_d_model2\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.jaxinfer.v1.ListModelsRequest\x1a\x1f.jaxinfer.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.jaxinfer.v1.GetModelRequest\x1a\x1d.jaxinfer.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17jaxinfer/v1/model.proto\x12\x0bjaxinfer.v1\x1a\x1bjaxinfer/v1/inference.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.jaxinfer.v1.Model\"/\n\x0fGetModelRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.jaxinfer.v1.Model\"l\n\nCapability\x12\x12\n\x05\x66ield\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x14\n\x07\x61llowed\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\x08\n\x06_fieldB\t\n\x07_effectB\n\n\x08_allowed\"\xdc\x02\n\x05Model\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0c\x61rchitecture\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x17\n\nvocab_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0bmax_seq_len\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nnum_layers\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x14\n\x07\x64_model\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x07 \x03(\x05\x12)\n\x08\x64\x65\x66\x61ults\x18\x08 \x01(\x0b\x32\x17.jaxinfer.v1.Parameters\x12-\n\x0c\x63\x61pabilities\x18\t \x03(\x0b\x32\x17.jaxinfer.v1.CapabilityB\x07\n\x05_nameB\x0f\n\r_architectureB\r\n\x0b_vocab_sizeB\x0e\n\x0c_max_seq_lenB\r\n\x0b_num_layersB\n\n\x08_d_model2\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.jaxinfer.v1.ListModelsRequest\x1a\x1f.jaxinfer.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.jaxinfer.v1.GetModelRequest\x1a\x1d.jaxinfer.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,8 +40,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_end=195
   _globals['_GETMODELRESPONSE']._serialized_start=197
   _globals['_GETMODELRESPONSE']._serialized_end=250
-  _globals['_MODEL']._serialized_start=253
-  _globals['_MODEL']._serialized_end=554
-  _globals['_MODELSERVICE']._serialized_start=557
-  _globals['_MODELSERVICE']._serialized_end=723
+  _globals['_CAPABILITY']._serialized_start=252
+  _globals['_CAPABILITY']._serialized_end=360
+  _globals['_MODEL']._serialized_start=363
+  _globals['_MODEL']._serialized_end=711
+  _globals['_MODELSERVICE']._serialized_start=714
+  _globals['_MODELSERVICE']._serialized_end=880
 # @@protoc_insertion_point(module_scope)

@@ -29,8 +29,18 @@ class GetModelResponse(_message.Message):
     model: Model
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
+class Capability(_message.Message):
+    __slots__ = ("field", "effect", "allowed")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    effect: str
+    allowed: str
+    def __init__(self, field: _Optional[str] = ..., effect: _Optional[str] = ..., allowed: _Optional[str] = ...) -> None: ...
+
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "max_seq_len", "num_layers", "d_model", "eos_token_ids", "defaults")
+    __slots__ = ("name", "architecture", "vocab_size", "max_seq_len", "num_layers", "d_model", "eos_token_ids", "defaults", "capabilities")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +49,7 @@ class Model(_message.Message):
     D_MODEL_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -47,4 +58,5 @@ class Model(_message.Message):
     d_model: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     defaults: _inference_pb2.Parameters
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., d_model: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., defaults: _Optional[_Union[_inference_pb2.Parameters, _Mapping]] = ...) -> None: ...
+    capabilities: _containers.RepeatedCompositeFieldContainer[Capability]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., d_model: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., defaults: _Optional[_Union[_inference_pb2.Parameters, _Mapping]] = ..., capabilities: _Optional[_Iterable[_Union[Capability, _Mapping]]] = ...) -> None: ...

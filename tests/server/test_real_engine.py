@@ -1,20 +1,16 @@
 """The server with the real engine on a tiny model: streams, leavers, deadlines, bad neighbours."""
 
 import asyncio
-from functools import partial
 
 import pytest
 
-from jaxinfer.client import AsyncClient, Completed, Delta
-from jaxinfer.config import CacheConfig, ServerConfig
-from jaxinfer.errors import DeadlinePassed, InvalidRequest
-from jaxinfer.host.request import JAXINFER_DEFAULTS
-from jaxinfer.runner import EngineThread
-from jaxinfer.server.app import Server
-from jaxinfer.server.served import ServedModel
+from jaxinfer.client import Completed, Delta
+from jaxinfer.config import CacheConfig
+from jaxinfer.errors import DeadlinePassed, InvalidRequest, OutOfTurn
+from jaxinfer.scoring import score
 from jaxinfer.v1 import inference_pb2 as pb
 from tests import tiny
-from tests.server.fake_engine import FakeTokenizer
+from tests.server.real import serve
 
 PROMPTS = [[3 + number, 5, 7] * (1 + number % 5) for number in range(24)]
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
@@ -23,26 +19,6 @@ GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def engine():
     return tiny.make_engine(cache=CacheConfig(num_pages=64))
-
-
-def serve(engine, scenario, restored=()):
-    """Runs `scenario(client)` against a server with this engine."""
-
-    async def run():
-        tokenizer = FakeTokenizer()
-        served = ServedModel("tiny", tiny.MODEL, tokenizer, engine.limits, JAXINFER_DEFAULTS)
-        thread = partial(EngineThread, engine)
-        server = Server(served, thread, ServerConfig(port=0), restored=restored)
-        port = await server.start()
-        await server.set_serving(True)
-        client = AsyncClient(f"127.0.0.1:{port}")
-        try:
-            return await scenario(client)
-        finally:
-            await client.close()
-            await server.stop(2.0)
-
-    return asyncio.run(run())
 
 
 async def until_idle(engine):
@@ -164,3 +140,35 @@ def test_answers_cut_anywhere_go_on_restored_or_computed_again(engine):
     assert 0 < len(restored) < len(requests)  # the others had ended, and are computed again
     serve(engine, all_of_them, restored)
     assert engine.stats().num_free_pages == engine.stats().num_pages
+
+
+def test_scores_come_beside_streams_and_are_those_of_the_scorer():
+    engine = tiny.make_engine(score_chunk=16, num_slots=8)
+    texts = [[3 + number, 5, 7, 11] * 9 for number in range(5)]
+    wanted = [score(engine.scorer, tokens) for tokens in texts]
+
+    async def scenario(client):
+        stream = asyncio.create_task(client.generate(token_ids=PROMPTS[0], **GREEDY))
+        found = await asyncio.gather(*(client.score(token_ids=tokens) for tokens in texts))
+        return found, await stream
+
+    found, completion = serve(engine, scenario)
+    assert len(completion.token_ids) == GREEDY["max_tokens"]
+    for tokens, one, own in zip(texts, found, wanted, strict=True):
+        assert list(one.token_ids) == tokens
+        assert one.logprobs == tuple(own.logprobs.tolist())
+        assert one.is_likeliest == tuple(own.is_likeliest.tolist())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [([], "the prompt is empty"), ([1, 999], "token ids of this model"), ([1] * 300, "300 tokens")],
+)
+def test_a_text_that_can_not_be_scored_is_refused(engine, tokens, words):
+    async def scenario(client):
+        with pytest.raises(InvalidRequest, match=words):
+            await client.score(token_ids=tokens)
+        with pytest.raises(OutOfTurn, match=r"start it with engine\.score_chunk"):
+            await client.score(token_ids=[1, 2])
+
+    serve(engine, scenario)

@@ -8,6 +8,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from jaxinfer.errors import EngineFailed
+from jaxinfer.server.status import PUSHBACK_KEY
 from jaxinfer.v1 import inference_pb2 as pb
 from tests.server.fake_engine import LIMITS, expected_text
 from tests.server.serving import detail, refused, until, with_stub
@@ -153,7 +154,9 @@ def test_a_full_queue_says_when_to_come_back():
         error = await refused(
             stub.Generate(pb.GenerateRequest(text="b")), grpc.StatusCode.RESOURCE_EXHAUSTED
         )
-        assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+        delay = detail(error, error_details_pb2.RetryInfo).retry_delay.ToTimedelta()
+        assert 0 < delay.total_seconds() < 60
+        assert dict(error.trailing_metadata())[PUSHBACK_KEY] == f"{delay.total_seconds() * 1e3:.0f}"
         assert detail(error, error_details_pb2.ErrorInfo).reason == "QUEUE_FULL"
         stream.cancel()
         await until(lambda: server.server._hub.live == [])
