@@ -25,6 +25,8 @@ class ServerConfig:
     """AdminService listens there on loopback, and nowhere else; 0 leaves it out."""
     metrics_port: int = 0
     """Prometheus finds /metrics there, on `host`; 0 leaves it out."""
+    openai_port: int = 0
+    """OpenAI's protocol is spoken there on loopback, by the extra `gateway`; 0 leaves it out."""
     request_log: str = ""
     """One JSON line for each request that ended goes to this file, `-` is stderr; empty: none."""
     stall_limit_s: float = 30.0
@@ -37,7 +39,7 @@ class ServerConfig:
     """Calls at once on one connection."""
 
     def __post_init__(self) -> None:
-        for key in ("port", "admin_port", "metrics_port"):
+        for key in ("port", "admin_port", "metrics_port", "openai_port"):
             if not 0 <= getattr(self, key) <= 65535:
                 raise ConfigError(
                     f"server.{key} is {getattr(self, key)}; it must be from 0 to 65535"
@@ -72,6 +74,8 @@ class SecurityConfig:
     """PEM file; with it a client needs a certificate that one of these signed."""
     tokens: str = ""
     """TOML file of salted token hashes with tenants, scopes and quotas; empty asks for none."""
+    openai_key: str = ""
+    """File with the key that clients of `server.openai_port` show; empty draws one at the start."""
     allow_insecure: bool = False
     """Listens beyond loopback without TLS and tokens; for networks that are safe by themselves."""
 

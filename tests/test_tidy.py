@@ -48,6 +48,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "jaxinfer.replay": (6, "both"),
     "jaxinfer.runner": (5, "both"),
     "jaxinfer.sampling": (3, "device"),
+    "jaxinfer.scoring": (4, "device"),
     "jaxinfer.selftest": (4, "device"),
     "jaxinfer.server": (6, "both"),
     "jaxinfer.settings": (0, "both"),

@@ -52,7 +52,7 @@ def make_app() -> App:
         default_parameter=Parameter(negative=(), show_default=False),
     )
     for name, text in COMMANDS.items():
-        member = "app" if name in ("bench", "config") else name
+        member = "app" if name in ("admin", "bench", "config", "token") else name
         app.command(f"jaxinfer.cli.{name}:{member}", name=name, help=text)
     return app
 

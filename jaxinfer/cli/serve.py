@@ -5,9 +5,9 @@ import logging
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -16,11 +16,16 @@ from jaxinfer.cli import progress
 from jaxinfer.cli.options import COMMON, Common, Json
 from jaxinfer.errors import ConfigError
 
+if TYPE_CHECKING:
+    from jaxinfer.llm import LoadedEngine
+    from jaxinfer.server.openai_door import OpenAIDoor
+
 
 def serve(
     *,
     as_json: Json = False,
     stats_json: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    openai: int | None = None,
     common: Common = COMMON,
 ) -> None:
     """Serves a model over gRPC until SIGTERM or Ctrl-C; running requests may finish first.
@@ -31,57 +36,105 @@ def serve(
         Says that it is ready with one JSON object on stdout, for scripts.
     stats_json
         Where to write the engine's counts at the end: a file, or - for stdout.
+    openai
+        The port of loopback where OpenAI's protocol is spoken too: server.openai_port.
     """
-    settings = common.load()
     _check_writable(stats_json)
+    settings = _checked_settings(common, openai)
     logging.basicConfig(
         level=logging.INFO if common.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    from jaxinfer.server import app
-
-    app.check_address(settings.server)
-    from jaxinfer import recording
     from jaxinfer.llm import load_engine
-    from jaxinfer.server.served import ServedModel
 
     started_s = time.monotonic()
     with progress.shown() as show:
         loaded = load_engine(settings, progress=show)
-    load_s = time.monotonic() - started_s
-    served = ServedModel(
-        name=loaded.name,
-        config=loaded.model,
-        tokenizer=loaded.tokenizer,
-        limits=loaded.engine.limits,
-        defaults=loaded.defaults,
-    )
+    try:
+        _serve(settings, loaded, load_s=time.monotonic() - started_s, as_json=as_json)
+    finally:
+        write_stats(asdict(loaded.engine.stats()), stats_json)
 
-    resumed = recording.resume(settings.snapshot, loaded.engine, loaded.name)
+
+def _checked_settings(common: Common, openai: int | None) -> config.Config:
+    """The settings, once it is certain that a server can listen and be safe with them."""
+    settings = common.load()
+    if openai is not None:
+        settings = replace(settings, server=replace(settings.server, openai_port=openai))
+    from jaxinfer.server import app, exposure, openai_door
+
+    app.check_address(settings.server)
+    exposure.check(settings.server, settings.security)
+    openai_door.check(settings.server, settings.security)
+    return settings
+
+
+def _serve(
+    settings: config.Config, loaded: "LoadedEngine", *, load_s: float, as_json: bool
+) -> None:
+    from jaxinfer import recording
+    from jaxinfer.server import address, app
+    from jaxinfer.server.facts import gather
+    from jaxinfer.server.served import ServedModel
+    from jaxinfer.server.timeline import Timeline, explainer
+
+    engine = loaded.engine
+    timeline = engine.observer = Timeline(engine.config.row_counts)
+    resumed = recording.resume(settings.snapshot, engine, loaded.name)
 
     def ready(port: int) -> None:
         facts = {
             "model": loaded.name,
             "target": f"{settings.server.host}:{port}",
             "port": port,
-            "num_programs": loaded.engine.stats().num_programs,
+            "admin": address.of_operators(settings.server),
+            "num_programs": engine.stats().num_programs,
             "load_s": round(load_s, 3),
             "num_restored": len(resumed.requests),
-            "exact_bits": loaded.engine.self_test.is_exact,
+            "exact_bits": engine.self_test.is_exact,
             "config": config.digest(settings),
         }
         print(json.dumps({"event": "ready", **facts}) if as_json else hello(facts), flush=True)
 
-    try:
-        app.run(
-            served,
-            resumed.make_thread,
-            settings.server,
-            ready=ready,
-            restored=resumed.requests,
-        )
-    finally:
-        write_stats(asdict(loaded.engine.stats()), stats_json)
+    app.run(
+        ServedModel(
+            name=loaded.name,
+            config=loaded.model,
+            tokenizer=loaded.tokenizer,
+            limits=engine.limits,
+            defaults=loaded.defaults,
+            text=loaded.tokenizer.assets,
+            line=settings.engine.num_slots + settings.engine.max_waiting,
+        ),
+        resumed.make_thread,
+        settings.server,
+        security=settings.security,
+        ready=ready,
+        restored=resumed.requests,
+        facts=gather(engine, settings),
+        explain=explainer(timeline),
+        steps=timeline.counts,
+        door=_door(settings, loaded.name, as_json),
+    )
+
+
+def _door(settings: config.Config, model: str, as_json: bool) -> "OpenAIDoor | None":
+    if not settings.server.openai_port:
+        return None
+    from jaxinfer.server import openai_door
+
+    def announce(url: str, key: str) -> None:
+        line = openai_door.curl(url, key, model)
+        event = {"event": "openai", "url": url, "key": key, "curl": line}
+        print(json.dumps(event) if as_json else f"OpenAI's protocol: {line}", flush=True)
+
+    return openai_door.OpenAIDoor(
+        settings.server.openai_port,
+        openai_door.read_key(settings.security),
+        model,
+        grace_s=settings.server.drain_grace_s,
+        announce=announce,
+    )
 
 
 def hello(facts: dict[str, Any]) -> str:
@@ -90,7 +143,9 @@ def hello(facts: dict[str, Any]) -> str:
         "from jaxinfer.client import Client; "
         f'print(Client("{facts["target"]}").generate("The sky is", max_tokens=16).text)'
     )
-    return f"{facts['model']} on {facts['target']}; try: python -c {shlex.quote(call)}"
+    line = f"{facts['model']} on {facts['target']}; try: python -c {shlex.quote(call)}"
+    admin = facts.get("admin")
+    return line + (f"\noperators: jaxinfer admin info --address {admin}" if admin else "")
 
 
 def write_stats(stats: dict[str, Any], where: str | None) -> None:

@@ -1,30 +1,54 @@
 """Builds the gRPC server, and takes it from its first port to its last request."""
 
 import asyncio
-import errno
 import logging
 import signal
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxinfer.edge_config import ServerConfig
+from jaxinfer.edge_config import SecurityConfig, ServerConfig
 from jaxinfer.errors import ConfigError, EngineFailed
-from jaxinfer.host.request import Request
-from jaxinfer.server import service
+from jaxinfer.host.request import FinishReason, Output, Request
+from jaxinfer.server import admin, auth, exposure, openai_door, service, tls
+from jaxinfer.server.address import ADMIN_HOST, check_address
+from jaxinfer.server.admin import Admin, Explain
+from jaxinfer.server.answers import Answers
+from jaxinfer.server.facts import Facts
+from jaxinfer.server.health import Arrivals, Door, Health
 from jaxinfer.server.hub import Hub
+from jaxinfer.server.line import Line
+from jaxinfer.server.openai_door import OpenAIDoor
+from jaxinfer.server.profiling import Profiler
 from jaxinfer.server.served import Deliver, EngineLike, ServedModel
+from jaxinfer.server.sight import Sight
+from jaxinfer.server.tenants import Tenants
+from jaxinfer.server.timeline import StepCounts
+from jaxinfer.server.watch import LOOK_S, Watch
 
 MakeEngine = Callable[[Deliver], EngineLike]
 
-SERVICES = ("", *service.NAMES)
+GATEWAY = openai_door.servicer()
+SERVICES = (*service.NAMES, *([GATEWAY.NAME] if GATEWAY else []))
+GATEWAY_SCOPES = (
+    GATEWAY.scopes(generate="generate", read="read", is_open=auth.OPEN) if GATEWAY else {}
+)
+HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+OPEN_ON_LOOPBACK = SecurityConfig()
+NO_FACTS = Facts()
 CLOSE_GRACE_S = 1.0  # for last words on the wire, once the engine is done
-WATCH_S = 0.25  # how soon the end of the engine's thread is seen
+QUIET_S = 0.1  # without a new call, before the port is closed
+STEP_GRACE_S = 10.0  # for the step under way, once all requests should end
+MAX_NAMED = 8  # live requests in one line of the log
 KEEPALIVE_MS = 20_000  # a client that vanished without a word is noticed after this and the next
 KEEPALIVE_TIMEOUT_MS = 10_000
+MAX_METADATA_BYTES = 16 * 1024
+WINDOW_BYTES = 64 * 1024  # of each call, in each direction
+CONNECTION_AGE_MS = 30 * 60_000  # so that clients spread over servers that came later
+CONNECTION_GRACE_MS = 5 * 60_000
+CONNECTION_IDLE_MS = 15 * 60_000
 CLIENT_PING_MS = 10_000  # clients may look that often whether the server is there
 
 log = logging.getLogger("jaxinfer.server")
@@ -35,8 +59,13 @@ def run(
     make_engine: MakeEngine,
     config: ServerConfig,
     *,
+    security: SecurityConfig = OPEN_ON_LOOPBACK,
     restored: Sequence[Request] = (),
+    facts: Facts = NO_FACTS,
+    explain: Explain | None = None,
+    steps: StepCounts | None = None,
     ready: Callable[[int], None] = lambda port: None,
+    door: OpenAIDoor | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish within the grace.
 
@@ -44,28 +73,21 @@ def run(
     EngineFailed where the engine's thread ended by itself. `restored` are requests that the engine
     has from a snapshot: each waits `config.resume_ttl_s` for its client, and then ends.
     """
-    asyncio.run(_run(Server(served, make_engine, config, restored=restored), config, ready))
-
-
-def check_address(config: ServerConfig) -> None:
-    """Raises ConfigError where nothing can listen there now, before any work was put into it.
-
-    It asks a plain socket, as gRPC does not say what was wrong.
-    """
-    host, port = config.host, config.port
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(_bind_message(error, host, port)) from None
-    failures = [error for entry in found if (error := _probe(entry)) is not None]
-    # A name may stand for addresses that this machine lacks, such as IPv6's; one is enough.
-    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
-    if taken or len(failures) == len(found):
-        raise ConfigError(_bind_message((taken or failures)[0], host, port))
+    server = Server(
+        served,
+        make_engine,
+        config,
+        security=security,
+        restored=restored,
+        facts=facts,
+        explain=explain,
+        steps=steps,
+    )
+    asyncio.run(_run(server, config, ready, door))
 
 
 class Server:
-    """One model on one port: jaxinfer.v1, health and reflection.
+    """One model on one port: jaxinfer.v1, health and reflection; operators have another port.
 
     `make_engine(deliver)` makes the engine, e.g. `partial(EngineThread, engine)`; the server starts
     and stops it. `restored` are the requests that this engine has from the start: its first output
@@ -78,64 +100,185 @@ class Server:
         make_engine: MakeEngine,
         config: ServerConfig,
         *,
+        security: SecurityConfig = OPEN_ON_LOOPBACK,
         restored: Sequence[Request] = (),
+        facts: Facts = NO_FACTS,
+        explain: Explain | None = None,
+        steps: StepCounts | None = None,
     ) -> None:
         self._served = served
         self._make_engine = make_engine
         self._config = config
+        self._security = security
         self._restored = restored
+        self._facts = facts
+        self._explain = explain
+        self._steps = steps
+        self._failure = ""
 
     async def start(self) -> int:
-        """Takes the port, starts the engine, and returns the port; health says NOT_SERVING.
+        """Takes the ports, starts the engine, and returns the port; readiness is NOT_SERVING.
 
-        Raises ConfigError where the address can't be had.
+        Raises ConfigError where an address can't be had.
         """
-        self._hub = Hub(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self._sight = Sight(
+            self._served.name,
+            self._config,
+            has_tenants=bool(self._security.tokens),
+            steps=self._steps,
+        )
+        self._hub = Hub(
+            loop,
+            self._sight.observers,
+            answers=Answers(self._config.resume_ttl_s),
+            line=Line(self._config.max_waiting_tokens),
+        )
         self._engine = self._make_engine(self._hub.deliver)
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._grpc = grpc.aio.server(options=_options(self._config))
-        edge = service.Service(self._served, self._engine, self._hub, salt=self._config.prefix_salt)
-        self._grpc.add_generic_rpc_handlers(edge.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (*service.NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
-        await self.set_serving(False)
-        port = _bind(self._grpc, self._config)
+        self._health = Health((*SERVICES, self._served.name))
+        self._door = Door(self._health, self._engine)
+        self._watch = Watch(self._config.stall_limit_s)
+        self._profiler = Profiler()
+        self._arrivals = Arrivals()
+        exposure.check(self._config, self._security)
+        check_address(self._config)
+        newest_turn = max((one.turn for one in self._restored), default=0)
+        self._tenants = Tenants(newest_turn=newest_turn, line=self._served.line)
+        self._gates = auth.gates(self._security, self._tenants, GATEWAY_SCOPES)
+        self._fronts = [self._front(), *self._back()]
+        self._credentials = tls.credentials(self._security)  # kept: gRPC asks it for certificates
+        port = _bind(self._fronts[0], self._config, self._credentials)
+        self._sight.open(self._engine.stats)
         for request in self._restored:
             self._hub.expect(request)
-        self._engine.start()
-        await self._grpc.start()
-        loop = asyncio.get_running_loop()
+        self._engine.start(self._tell_end(loop))
+        for server in self._fronts:
+            await server.start()
         self._expiry = loop.call_later(self._config.resume_ttl_s, self._expire)
+        self._looks = asyncio.create_task(self._look())
         return port
 
     async def set_serving(self, is_serving: bool) -> None:
-        """What health says of every service."""
-        kinds = health_pb2.HealthCheckResponse
-        for name in SERVICES:
-            await self._health.set(name, kinds.SERVING if is_serving else kinds.NOT_SERVING)
+        """Whether it is ready, as far as its owner can say."""
+        self._door.open(is_serving)
 
     async def wait(self, stop: asyncio.Event) -> None:
         """Returns when `stop` is set; raises EngineFailed where the engine's thread ended."""
-        while not stop.is_set():
-            if not self._engine.alive:
-                raise EngineFailed("the engine's thread ended; the log says why")
-            try:
-                await asyncio.wait_for(stop.wait(), WATCH_S)
-            except TimeoutError:
-                continue
+        waits = [asyncio.ensure_future(event.wait()) for event in (stop, self._over)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+        self.check()
+
+    def check(self) -> None:
+        """Raises EngineFailed where the engine's thread ended by itself, or would not end."""
+        if self._failure:
+            raise EngineFailed(self._failure)
 
     async def stop(self, grace_s: float) -> None:
         """Refuses what is new, lets what runs finish within `grace_s`, ends the rest."""
+        self._door.stop()
         self._expiry.cancel()
-        await self.set_serving(False)
-        if self._engine.alive and not await asyncio.to_thread(self._engine.drain, grace_s):
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + grace_s
+        if not await self._until_idle(grace_s):
             late = self._hub.live
             log.warning("%d requests were not done in %g s; they end now", len(late), grace_s)
-            await asyncio.to_thread(self._engine.stop)  # a snapshot keeps what was live
-            await self._until_idle(CLOSE_GRACE_S)
-        await self._grpc.stop(CLOSE_GRACE_S)
-        await asyncio.to_thread(self._engine.stop)
+        if not await asyncio.to_thread(self._engine.stop, STEP_GRACE_S):
+            self._failure = f"the engine's thread hangs in a step, also after {STEP_GRACE_S:g} s"
+            ends = [Output(name, (), (), "", FinishReason.CANCELLED) for name in self._hub.live]
+            self._hub.deliver(ends)
+        await self._until_idle(CLOSE_GRACE_S)
+        await self._arrivals.quiet(QUIET_S, at_most_s=CLOSE_GRACE_S)
+        self._looks.cancel()
+        self._health.close()
+        await self._profiler.close()
+        grace_s = max(CLOSE_GRACE_S, end_s - loop.time())  # what has ended may still be read
+        await asyncio.gather(*(server.stop(grace_s) for server in self._fronts))
+        await asyncio.to_thread(self._sight.close)
+
+    def _front(self) -> grpc.aio.Server:
+        edge = service.Service(
+            self._served,
+            self._engine,
+            self._hub,
+            salt=self._config.prefix_salt,
+            reader_limit_s=self._config.reader_limit_s,
+            tenants=self._tenants,
+        )
+        gates = (self._arrivals, *self._sight.interceptors, *self._gates)
+        server = grpc.aio.server(interceptors=gates, options=_options(self._config))
+        server.add_generic_rpc_handlers(edge.handlers())
+        if GATEWAY is not None:
+            gateway = GATEWAY.Gateway(self._served, self._engine, self._hub, edge, self._door)
+            server.add_generic_rpc_handlers((gateway.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _back(self) -> Iterator[grpc.aio.Server]:
+        """The operators' server, where there is one."""
+        if not self._config.admin_port:
+            return
+        operators = Admin(
+            self._served,
+            self._engine,
+            self._hub,
+            self._door,
+            self._watch,
+            facts=self._facts,
+            profiler=self._profiler,
+            explain=self._explain,
+        )
+        server = grpc.aio.server(interceptors=self._gates, options=_options(self._config))
+        server.add_generic_rpc_handlers((operators.handlers(),))
+        reflection.enable_server_reflection((admin.NAME, reflection.SERVICE_NAME), server)
+        _listen(server, ADMIN_HOST, self._config.admin_port, "server.admin_port", None)
+        yield server
+
+    def _tell_end(self, loop: asyncio.AbstractEventLoop) -> Callable[[Exception | None], None]:
+        """What the engine's thread calls at its end."""
+
+        def tell(error: Exception | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._ended, error)
+
+        return tell
+
+    def _ended(self, error: Exception | None) -> None:
+        """The engine runs no more: an end of the server too, unless that is why it ended."""
+        if error is None and self._door.is_stopping:
+            return
+        reason = "the log says why" if error is None else str(error) or type(error).__name__
+        self._failure = f"the engine's thread ended: {reason}"
+        self._door.fail()
+        self._over.set()
+
+    async def _look(self) -> None:
+        """Keeps health in step with the engine's progress."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            stalled_s = self._watch.stalled_s
+            if not self._watch.look(self._engine.pulse):
+                continue
+            self._door.stall(self._watch.is_stalled)
+            if not self._watch.is_stalled:
+                log.warning("a step has ended after %.1f s; health says SERVING again", stalled_s)
+                continue
+            stats, live = self._engine.stats(), self._hub.live
+            log.warning(
+                "no step has ended for %.1f s (server.stall_limit_s) though there is work: %d "
+                "running and %d waiting after the last one; live are %s%s; health says NOT_SERVING",
+                self._watch.stalled_s,
+                stats.num_running,
+                stats.num_waiting,
+                ", ".join(live[:MAX_NAMED]) or "none",
+                f" and {len(live) - MAX_NAMED} more" if len(live) > MAX_NAMED else "",
+            )
 
     def _expire(self) -> None:
         late = self._hub.expire()
@@ -145,27 +288,37 @@ class Server:
             ttl_s = self._config.resume_ttl_s
             log.warning("%d restored requests were not resumed in %g s; they end", len(late), ttl_s)
 
-    async def _until_idle(self, timeout_s: float) -> None:
+    async def _until_idle(self, timeout_s: float) -> bool:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + timeout_s
         while self._hub.live and loop.time() < end_s:
             await asyncio.sleep(0.01)
+        return not self._hub.live
 
 
-async def _run(server: Server, config: ServerConfig, ready: Callable[[int], None]) -> None:
-    port = await server.start()
+async def _run(
+    server: Server, config: ServerConfig, ready: Callable[[int], None], door: OpenAIDoor | None
+) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         loop.add_signal_handler(number, stop.set)
+    port = await server.start()
     try:
         await server.set_serving(True)
         ready(port)
+        if door is not None:
+            door.open([openai_door.worker_url(config.host, port)])
         await server.wait(stop)
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+        if door is not None:
+            door.drain()
         await server.stop(config.drain_grace_s)
+        if door is not None:
+            await door.close()
+    server.check()
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -176,37 +329,35 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_PING_MS),
+        ("grpc.max_concurrent_streams", config.max_streams),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+        ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
+        ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
+        ("grpc.http2.bdp_probe", 0),  # windows stay as small as they begin
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.write_buffer_size", WINDOW_BYTES),
     ]
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    host, port = config.host, config.port
-    check_address(config)
+def _bind(
+    server: grpc.aio.Server, config: ServerConfig, credentials: grpc.ServerCredentials | None
+) -> int:
+    return _listen(server, config.host, config.port, "server.port", credentials)
+
+
+def _listen(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    key: str,
+    credentials: grpc.ServerCredentials | None,
+) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"can't listen on server.host = {host!r}, port {port}: {error}") from None
-
-
-def _probe(entry: tuple) -> OSError | None:
-    family, kind, protocol, _, address = entry
-    try:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error
-    return None
-
-
-def _bind_message(error: OSError, host: str, port: int) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} is taken on {host}; stop what listens there, set server.port to another "
-            "one, or to 0 for a free one"
-        )
-    if error.errno == errno.EACCES:
-        return f"port {port} needs rights that this process lacks; set server.port above 1023"
-    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        return f"server.host is {host!r}, which is no address of this machine: {error.strerror}"
-    return f"can't listen on server.host = {host!r}, server.port = {port}: {error.strerror}"
+        raise ConfigError(f"can't listen on {host!r}, {key} = {port}: {error}") from None

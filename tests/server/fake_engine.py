@@ -5,12 +5,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import Draining, InvalidRequest, QueueFull
 from jaxinfer.host.request import (
+    EngineStats,
     FinishReason,
     Limits,
     Output,
@@ -19,6 +21,7 @@ from jaxinfer.host.request import (
     Timings,
     check_request,
 )
+from jaxinfer.runner import Pulse
 from jaxinfer.server.served import Deliver, ServedModel
 from jaxinfer.text.stops import StopMatcher
 
@@ -115,6 +118,7 @@ class FakeEngine:
         restored: Sequence[tuple[Request, int]] = (),
         on_step: Callable[[list[Output]], None] = lambda outputs: None,
     ) -> None:
+        self.scorer = None
         self.deliver, self.step_s, self.max_live, self.on_step = (
             deliver,
             step_s,
@@ -124,12 +128,20 @@ class FakeEngine:
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.num_deliveries = 0
+        self.steps_after_cancel: dict[str, int] = {}  # between a cancel and the end
+        self._cancelled_at: dict[str, int] = {}
         self.fail_with = ""
         self.submit_error: Exception | None = None
         self._live: dict[str, Sequence_] = {}
         self._tokens = tokens
         self._lock = threading.Condition()
         self._draining = self._stopped = False
+        self._asked: list[tuple[Callable[[Any], Any], Future[Any]]] = []
+        self._num_steps = self.num_flushed = 0
+        self._crash: Exception | None = None
+        self._ended: Callable[[Exception | None], None] = lambda error: None
+        self.gate = threading.Event()  # a step ends only while it is open
+        self.gate.set()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         for request, count in restored:
             sequence = self._live[request.request_id] = Sequence_(request, time.monotonic())
@@ -140,8 +152,44 @@ class FakeEngine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def start(self) -> None:
+    @property
+    def pulse(self) -> Pulse:
+        return Pulse(self._num_steps, bool(self._live or self._asked))
+
+    def start(self, ended: Callable[[Exception | None], None] = lambda error: None) -> None:
+        self._ended = ended
         self._thread.start()
+
+    def ask(self, function: Callable[[Any], Any]) -> Future[Any]:
+        answer: Future[Any] = Future()
+        with self._lock:
+            self._asked.append((function, answer))
+            self._lock.notify_all()
+        return answer
+
+    def flush_prefix_cache(self) -> int:
+        self.num_flushed += 1
+        return 3
+
+    def rotate_journal(self) -> None:
+        return None
+
+    def stats(self) -> EngineStats:
+        return EngineStats(8, len(self._live), *[0] * 11, 0.0, 0.0, 0.0)
+
+    def crash(self, error: Exception) -> None:
+        """The thread ends as a failing engine's does."""
+        with self._lock:
+            self._crash = error
+            self._lock.notify_all()
+
+    def refuse(self) -> None:
+        with self._lock:
+            self._draining = True
+
+    def accept(self) -> None:
+        with self._lock:
+            self._draining = False
 
     def submit(self, request: Request) -> None:
         with self._lock:
@@ -161,6 +209,7 @@ class FakeEngine:
             self.cancelled.append(request_id)
             if request_id in self._live:
                 self._live[request_id].is_cancelled = True
+                self._cancelled_at[request_id] = self.num_deliveries
             self._lock.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
@@ -168,30 +217,58 @@ class FakeEngine:
             self._draining = True
             return self._lock.wait_for(lambda: not self._live, timeout_s)
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float | None = 5.0) -> bool:
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
-        self._thread.join(5)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _loop(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._live or self._stopped)
-                if self._stopped:
+                self._lock.wait_for(
+                    lambda: self._live or self._stopped or self._asked or self._crash
+                )
+                if self._stopped or self._crash:
+                    self._end()
                     return
+                asked, self._asked = self._asked, []
+            for function, answer in asked:
+                answer.set_result(function(self))
             time.sleep(self.step_s)
+            self.gate.wait()
             with self._lock:
-                outputs = [self._advance(sequence) for sequence in list(self._live.values())]
+                advanced = [self._advance(sequence) for sequence in list(self._live.values())]
+                outputs = [output for output in advanced if output is not None]
                 for output in outputs:
                     if output.finish_reason is not None:
                         del self._live[output.request_id]
+                        began = self._cancelled_at.pop(output.request_id, None)
+                        if began is not None:
+                            took = self.num_deliveries + 1 - began
+                            self.steps_after_cancel[output.request_id] = took
                 self._lock.notify_all()
+            self._num_steps += 1
             self.num_deliveries += 1
             self.deliver(outputs)
             self.on_step(outputs)
 
-    def _advance(self, sequence: Sequence_) -> Output:
+    def _end(self) -> None:
+        """Everyone who is live hears of it, as from runner.EngineThread."""
+        self._ended(self._crash)
+        reason = FinishReason.CANCELLED if self._crash is None else FinishReason.ERROR
+        error = "" if self._crash is None else str(self._crash)
+        outputs = [
+            replace(self._output(one, reason, time.monotonic()), error=error)
+            for one in self._live.values()
+        ]
+        self._live.clear()
+        self._draining = True
+        self._lock.notify_all()
+        self.deliver(outputs)
+
+    def _advance(self, sequence: Sequence_) -> Output | None:
         request, now = sequence.request, time.monotonic()
         if sequence.is_cancelled:
             return self._output(sequence, FinishReason.CANCELLED, now)

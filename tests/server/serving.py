@@ -1,19 +1,24 @@
 """A server on loopback with a fake engine, for `async with` and for threads."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import grpc
 import pytest
 from google.rpc import status_pb2
 
-from jaxinfer.edge_config import ServerConfig
+from jaxinfer.edge_config import SecurityConfig, ServerConfig
 from jaxinfer.host.request import Request, SamplingParams
-from jaxinfer.server.app import Server
+from jaxinfer.server.admin import Explain
+from jaxinfer.server.app import NO_FACTS, Server
+from jaxinfer.server.facts import Facts
 from jaxinfer.server.status import DETAILS_KEY
+from jaxinfer.text.assets import TextAssets
 from jaxinfer.v1 import inference_pb2_grpc
 from tests.server.fake_engine import FakeEngine, served
 
@@ -28,22 +33,30 @@ class Running(NamedTuple):
 async def running(
     *,
     config: ServerConfig | None = None,
+    security: SecurityConfig | None = None,
     defaults: SamplingParams | None = None,
     grace_s: float = 0.2,
+    text: TextAssets | None = None,
     restored: Sequence[tuple[Request, int]] = (),
+    facts: Facts = NO_FACTS,
+    explain: Explain | None = None,
+    kind: type[FakeEngine] = FakeEngine,
     **dials,
 ) -> AsyncIterator[Running]:
     engines = []
 
     def make_engine(deliver):
-        engines.append(FakeEngine(deliver, restored=restored, **dials))
+        engines.append(kind(deliver, restored=restored, **dials))
         return engines[-1]
 
     server = Server(
-        served(defaults=defaults),
+        replace(served(defaults=defaults), text=text),
         make_engine,
         config or ServerConfig(port=0),
+        security=security or SecurityConfig(),
         restored=[request for request, _ in restored],
+        facts=facts,
+        explain=explain,
     )
     port = await server.start()
     await server.set_serving(True)
@@ -74,6 +87,12 @@ def running_in_thread(**options) -> Iterator[Running]:
         if found:
             found[1].call_soon_threadsafe(found[2].set)
         thread.join(10)
+
+
+def free_port() -> int:
+    """For settings in which 0 does not mean a free one."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 async def until(condition, timeout_s: float = 5.0) -> None:

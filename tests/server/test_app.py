@@ -23,7 +23,7 @@ from jaxinfer.errors import ConfigError, EngineFailed, JaxinferError
 from jaxinfer.server import app, service
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import inference_pb2_grpc
-from tests.server.fake_engine import FakeEngine, expected_text, served
+from tests.server.fake_engine import MODEL, FakeEngine, expected_text, served
 from tests.server.serving import running
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +67,11 @@ def test_health_says_serving_only_when_told():
             stub = health_pb2_grpc.HealthStub(wire)
             for told in (False, True, False):
                 await server.set_serving(told)
-                for name in ("", *service.NAMES):
+                for name in (MODEL, *service.NAMES):
                     reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                     assert (reply.status == health_pb2.HealthCheckResponse.SERVING) is told
+                reply = await stub.Check(health_pb2.HealthCheckRequest())
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING  # it lives
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Check(health_pb2.HealthCheckRequest(service="nonsense"))
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -78,12 +80,13 @@ def test_health_says_serving_only_when_told():
     asyncio.run(body())
 
 
-def test_health_is_not_serving_from_the_first_moment():
+def test_it_is_not_ready_from_the_first_moment():
     async def body():
         server = app.Server(served(), FakeEngine, ServerConfig(port=0))
         port = await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as wire:
-            reply = await health_pb2_grpc.HealthStub(wire).Check(health_pb2.HealthCheckRequest())
+            ask = health_pb2.HealthCheckRequest(service=MODEL)
+            reply = await health_pb2_grpc.HealthStub(wire).Check(ask)
             assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
         await server.stop(0.1)
 
@@ -134,7 +137,8 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Generate(pb.GenerateRequest(text="b"))
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            reply = await health_pb2_grpc.HealthStub(wire).Check(health_pb2.HealthCheckRequest())
+            ask = health_pb2.HealthCheckRequest(service=MODEL)
+            reply = await health_pb2_grpc.HealthStub(wire).Check(ask)
             assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
             text = "".join([event.delta.text async for event in stream])
             assert text == expected_text("a", 60)
