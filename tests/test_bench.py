@@ -114,7 +114,7 @@ def test_simulated_compares_three_figures_of_each_workload(loaded):
     assert [(one.workload, one.figure) for one in report.compared] == [
         (name, figure) for name in SPECS for figure in simulated.FIGURES
     ]
-    assert all(one.predicted > 0 and one.measured > 0 for one in report.compared)
+    assert all(one.predicted > 0 and one.measured >= 0 for one in report.compared)
     assert set(report.rates_per_s) == {"open"}
     assert report.num_steps > 20 and report.cost.edge_s > 0
     assert report.worst == max(abs(one.error) for one in report.compared)

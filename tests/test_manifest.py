@@ -20,11 +20,9 @@ def test_the_manifest_lists_everything_and_comes_back_the_same(tmp_path):
     path = tmp_path / "manifest.json"
     manifest.write(written, path)
     assert manifest.read(path) == written
-    entry = json.loads(path.read_text())["programs"][1]
-    assert (entry["name"], entry["phase"], entry["rows"], entry["tokens"]) == (
-        *("decode-8x1", "decode"),
-        *(8, 1),
-    )
+    entries = json.loads(path.read_text())["programs"]
+    (entry,) = (one for one in entries if one["name"] == "decode-8x1")
+    assert (entry["phase"], entry["rows"], entry["tokens"]) == ("decode", 8, 1)
     assert all(entry[f"{part}_bytes"] > 0 for part in ("argument", "output", "alias", "temp"))
     stored = programs_of.stored_costs(tiny.MODEL, config, open_store(kept().folder)).values()
     again = manifest.describe(stored, tiny.MODEL, config)
