@@ -15,28 +15,25 @@ import pytest
 from jaxinfer import cache, step, weights
 from jaxinfer.client import Client
 from jaxinfer.compile import compile_function
-from jaxinfer.config import Config, EngineConfig, ServerConfig
+from jaxinfer.config import EngineConfig, ServerConfig
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.inputs import inert_batch
-from jaxinfer.llm import LLM
 from jaxinfer.runner import EngineThread
 from jaxinfer.server.app import Server
 from jaxinfer.server.served import ServedModel
+from tests import demo_model
 
 FOLDER = Path(__file__).parent / "golden" / "smollm2-135m"
 ITEMS = json.loads((FOLDER / "reference.json").read_text())["items"]
 CLOSE_CALL = 1e-3  # float32 rounding may turn over what is closer than this
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
-pytestmark = pytest.mark.skipif(
-    not weights.is_ready("smollm2-135m"), reason="the demo model is not here; scripts/demo gets it"
-)
+pytestmark = demo_model.needed
 
 
 @pytest.fixture(scope="module")
 def llm():
-    engine = EngineConfig(num_slots=10, max_seq_len=512, compute_dtype="float32")
-    return LLM(config=Config(engine=engine))
+    return demo_model.shared_llm("float32")
 
 
 def test_its_config_is_known_before_it_is_here(monkeypatch):

@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 
-from jaxinfer import weights
-from jaxinfer.config import Config, EngineConfig
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.llm import LLM, Completion
+from tests import demo_model
 from tests.bits import world
 from tests.bits.world import Answer
+from tests.demo_model import shared_llm
 
 FILE = Path(__file__).parent.parent / "golden" / "spec_bench" / "prompts.jsonl"
-BATCH, NUM_TOKENS = 32, 16
+BATCH, NUM_TOKENS = demo_model.NUM_SLOTS, 16
 
-pytestmark = pytest.mark.skipif(
-    not weights.is_ready("smollm2-135m"), reason="the demo model is not here; scripts/demo gets it"
-)
+pytestmark = demo_model.needed
 
 
 def prompts(llm: LLM) -> list[list[int]]:
@@ -49,7 +47,7 @@ def _answer(completion: Completion) -> Answer:
 @pytest.mark.parametrize(
     ("count", "dtype"),
     [
-        (12, "bfloat16"),
+        (10, "bfloat16"),
         pytest.param(200, "bfloat16", marks=pytest.mark.full),
         pytest.param(200, "float32", marks=pytest.mark.full),
     ],
@@ -57,8 +55,7 @@ def _answer(completion: Completion) -> Answer:
 def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
     count: int, dtype: Any
 ) -> None:
-    engine = EngineConfig(num_slots=BATCH, max_seq_len=1024, compute_dtype=dtype)
-    llm = LLM(config=Config(engine=engine))
+    llm = shared_llm(dtype)
     every = prompts(llm)
     assert len(every) == 200
     step = len(every) // count
@@ -79,7 +76,7 @@ def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prefill_of_each_prefix_samples_what_a_decode_did(dtype: Any) -> None:
     """What a preemption, a failure or a restart computes again: one row here, eight there."""
-    llm = LLM(config=Config(engine=EngineConfig(max_seq_len=512, compute_dtype=dtype)))
+    llm = shared_llm(dtype)
     prompt = prompts(llm)[0][:90]
     plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=0)
     whole = _answer(llm._finish([llm._request(prompt, plain)])[0])
