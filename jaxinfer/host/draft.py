@@ -1,7 +1,7 @@
 """A plan in the making: who gets pages, who waits, and who has to give way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
@@ -13,8 +13,9 @@ from jaxinfer.host.sequence import Sequence
 class Draft:
     """Collects a plan and what it would leave free; only reads what it is given.
 
-    `cached_pages` says which known pages a sequence could begin with, and `prefill_debt` is what
-    decode steps have yet to make up for.
+    `cached_pages` says which known pages a sequence could begin with, `prefill_debt` is what decode
+    steps have yet to make up for by tenant. Where `num_tenants` asked lately, those of whom a chunk
+    is `under_way` leave room for the others.
     """
 
     def __init__(
@@ -24,12 +25,18 @@ class Draft:
         slots: Items[Sequence | None],
         *,
         cached_pages: Callable[[Sequence], tuple[int, ...]],
-        prefill_debt: int,
+        prefill_debt: Mapping[str, int],
+        under_way: Collection[str] = (),
+        num_tenants: int = 1,
     ) -> None:
         self._config = config
         self._pool = pool
         self._cached_pages = cached_pages
         self._prefill_debt = prefill_debt
+        self._under_way = under_way
+        self._num_tenants = num_tenants
+        self._is_held = False  # no prefill from here on
+        self._paused: list[Sequence] = []  # for decodes, in line
         self._running = [sequence for sequence in slots if sequence is not None]
         self._free_pages = pool.num_available
         self._revived: list[int] = []  # idle pages that an admission takes over
@@ -51,10 +58,49 @@ class Draft:
             self._decodes.append(sequence)
 
     def must_pause(self, sequence: Sequence) -> bool:
-        """Whether a long prompt, between two chunks, leaves this step to earlier sequences."""
-        if self._prefill_debt <= self._config.prefill_per_decode:
+        """Whether a long prompt, between two chunks, leaves this step to earlier sequences.
+
+        Those of other tenants are earlier by their turn only: who comes back after a while begins
+        at the oldest turn, and does not make up for what others prefilled.
+        """
+        if self._must_leave_room(sequence):
+            return True
+        if self._prefill_debt.get(sequence.tenant, 0) <= self._config.prefill_per_decode:
             return False
-        return any(earlier.rank < sequence.rank for earlier in self._decodes)
+        if not any(_goes_before(decode, sequence) for decode in self._decodes):
+            return False
+        self._paused.append(sequence)
+        return True
+
+    def go_on(self, sequence: Sequence) -> None:
+        """The next chunks of a sequence that need not pause."""
+        self._wake(sequence)
+        self.prefill(sequence, start=sequence.num_stored)
+
+    def _wake(self, sequence: Sequence) -> None:
+        """A pause is for decodes: it ends where the chunk of another tenant's would fill it."""
+        while self._num_tenants > 1 and self._paused:
+            if self._paused[0].tenant == sequence.tenant:
+                return
+            paused = self._paused.pop(0)
+            self.prefill(paused, start=paused.num_stored)
+
+    def _must_leave_room(self, sequence: Sequence) -> bool:
+        """Whether a tenant has a chunk under way: its next one waits until that has returned.
+
+        And so do all behind it. Who comes now then finds one step with a chunk before its own, not
+        two: the one under way and the one behind that.
+        """
+        if self._num_tenants > 1 and sequence.request.turn:
+            self._is_held = self._is_held or sequence.tenant in self._under_way
+        return self._is_held
+
+    def _is_last_slot_for_others(self, sequence: Sequence) -> bool:
+        """Whether one slot is free, and the tenant holds its share: then it is for another."""
+        if self._num_tenants < 2 or not sequence.request.turn or len(self._free_slots) > 1:
+            return False
+        num_held = sum(one.tenant == sequence.tenant for one in self._running)
+        return num_held * self._num_tenants >= self._config.num_slots
 
     def prefill(self, sequence: Sequence, *, start: int) -> None:
         """The next chunks of a sequence that holds a slot, as far as the bound allows."""
@@ -73,6 +119,10 @@ class Draft:
         if self._preempt or sequence.num_pending or not self._free_slots:
             self._held_up = "slot" if not self._free_slots else "pages" if self._preempt else "step"
             return False
+        if self._must_leave_room(sequence) or self._is_last_slot_for_others(sequence):
+            self._held_up = "prefill" if self._is_held else "slot"
+            return False
+        self._wake(sequence)
         shared = self._cached_pages(sequence)
         start = len(shared) * self._config.cache.page_size
         is_idle = self._pool.is_idle
@@ -200,3 +250,9 @@ class Draft:
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.cache.page_size)
+
+
+def _goes_before(one: Sequence, other: Sequence) -> bool:
+    if one.tenant == other.tenant:
+        return one.rank < other.rank
+    return one.rank[:2] < other.rank[:2]

@@ -258,7 +258,8 @@ def _check_progress(world: World, plan: Plan, line: list[Sequence]) -> None:
         first = line[0]
         is_done = not first.is_prefilling and not _may_decode(world, first)
         takes_part = first in plan.decodes or any(c.sequence is first for c in plan.chunks)
-        assert takes_part or is_done, "the first in line stands still"
+        is_others_turn = _makes_way(world, plan, first)
+        assert takes_part or is_done or is_others_turn, "the first in line stands still"
     elif world.scheduler.waiting and not world.loop.under_way:
         assert plan.admit, "nobody runs and nobody is admitted"
     ends: dict[int, int] = {}
@@ -277,6 +278,15 @@ def _check_progress(world: World, plan: Plan, line: list[Sequence]) -> None:
         outputs = length - len(sequence.request.prompt)
         assert outputs < _most_outputs(world, sequence), f"request {sequence.order}: past its end"
         assert end == length - 1, f"request {sequence.order}: a decode at {end} of {length} tokens"
+
+
+def _makes_way(world: World, plan: Plan, sequence: Sequence) -> bool:
+    """Whether a tenant's sequence leaves this step to others: chunks under way, or before it."""
+    is_behind = any(
+        one.sequence.tenant != sequence.tenant or one.sequence.rank < sequence.rank
+        for one in plan.chunks
+    )
+    return sequence.request.turn > 0 and bool(world.scheduler.chunks_under_way or is_behind)
 
 
 def _check_decodes(world: World, plan: Plan, sequence: Sequence) -> None:
@@ -298,6 +308,8 @@ def _check_refused(world: World, plan: Plan) -> None:
     if not scheduler.waiting or None not in scheduler.slots or scheduler.waiting[0].num_pending:
         return
     first, pool = scheduler.waiting[0], scheduler.pool
+    if _makes_way(world, plan, first) or scheduler.slots.count(None) == 1 and first.request.turn:
+        return
     shared = scheduler.cached_pages(first)
     left = len(first.tokens) - len(shared) * size
     chunk = next((one for one in config.prefill_chunks if one >= left), config.prefill_chunks[-1])

@@ -11,6 +11,7 @@ With overlap, plan and begin of step n+1 come before retire and commit of step n
 """
 
 import bisect
+import heapq
 from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
@@ -21,6 +22,8 @@ from jaxinfer.host.plan import Admission, Plan
 from jaxinfer.host.prefix import PrefixCache
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
+
+LATELY = 1024  # requests within which a tenant counts as one that asks
 
 
 class Scheduler:
@@ -35,7 +38,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by rank
         self.slots: list[Sequence | None] = [None] * config.num_slots
         self.num_preemptions = 0
-        self.prefill_debt = 0  # tokens of long prompts that decode steps have yet to make up for
+        self.prefill_debt: dict[str, int] = {}  # by tenant: tokens that decodes make up for
+        self.chunks_under_way: list[str] = []  # their tenants
+        self.last_asked: dict[str, int] = {}  # by tenant: the order of its last request
         self.num_arrived = 0
         self._eos = frozenset(eos_token_ids)
 
@@ -50,6 +55,10 @@ class Scheduler:
         sequence = Sequence(order=self.num_arrived, request=request)
         self.num_arrived += 1
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
+        if request.turn:
+            self.last_asked[sequence.tenant] = sequence.order
+            oldest = sequence.order - LATELY
+            self.last_asked = {name: at for name, at in self.last_asked.items() if at > oldest}
         return sequence
 
     def overdue(self, now_s: float, pace: Pace | None = None) -> list[Sequence]:
@@ -80,16 +89,19 @@ class Scheduler:
             self.slots,
             cached_pages=self.cached_pages,
             prefill_debt=self.prefill_debt,
+            under_way=self.chunks_under_way,
+            num_tenants=len(self.last_asked),
         )
-        for sequence in self.running:
+        running, is_open = self.running, True
+        for sequence in running:
             if not sequence.is_prefilling:
                 draft.decode(sequence)
-        for sequence in self.running:
-            if sequence.is_prefilling and not draft.must_pause(sequence):
-                draft.prefill(sequence, start=sequence.num_stored)
-        for sequence in self.waiting:
-            if not draft.admit(sequence):
-                break
+        prefilling = (sequence for sequence in running if sequence.is_prefilling)
+        for sequence in heapq.merge(prefilling, self.waiting, key=_place):
+            if sequence.slot is None:
+                is_open = is_open and draft.admit(sequence)
+            elif not draft.must_pause(sequence):
+                draft.go_on(sequence)
         return draft.finished()
 
     def begin(self, plan: Plan) -> None:
@@ -109,6 +121,7 @@ class Scheduler:
             sequence.num_stored += 1
             sequence.num_pending += 1
         self.prefill_debt = self._debt_after(plan)
+        self.chunks_under_way += [chunk.sequence.tenant for chunk in plan.chunks]
 
     def retire(self, plan: Plan, tokens: Items[int]) -> None:
         """The step has returned with these tokens: what it wrote may be shared from now on.
@@ -116,6 +129,7 @@ class Scheduler:
         Pages are published once a finite token shows that all before it was finite, so those of a
         long prompt with its first token.
         """
+        del self.chunks_under_way[: len(plan.chunks)]
         broken = [one for one, token in zip(plan.sampled, tokens, strict=True) if token < 0]
         for sequence, num_stored, num_preemptions in plan.stored:
             is_held = sequence.finish_reason is None and sequence.slot is not None
@@ -159,6 +173,7 @@ class Scheduler:
             self._preempt(sequence)
         for sequence in self.waiting:
             sequence.num_pending = 0
+        self.chunks_under_way.clear()
         self.prefix.flush()
 
     def check_integrity(self) -> None:
@@ -177,12 +192,17 @@ class Scheduler:
             assert sequence.num_stored <= held, f"{sequence.num_stored} tokens in {held} places"
             assert sequence.num_written <= sequence.num_stored
 
-    def _debt_after(self, plan: Plan) -> int:
+    def _debt_after(self, plan: Plan) -> dict[str, int]:
         paid_back = self.config.prefill_per_decode
         if not (plan.decodes and paid_back):
-            return 0
-        unfinished = sum(chunk.size for chunk in plan.chunks if not chunk.is_last)
-        return max(0, self.prefill_debt - paid_back) + unfinished
+            return {}
+        left = {name: debt - paid_back for name, debt in self.prefill_debt.items()}
+        debts = {name: debt for name, debt in left.items() if debt > 0}
+        for chunk in plan.chunks:
+            if not chunk.is_last:
+                name = chunk.sequence.tenant
+                debts[name] = debts.get(name, 0) + chunk.size
+        return debts
 
     def _end_of(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.request.sampling
@@ -297,3 +317,8 @@ class Scheduler:
         if sequence.slot is not None:
             self.slots[sequence.slot] = None
             sequence.slot = None
+
+
+def _place(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    """Who prefills first: those that hold a slot, but tenants in their turn, slot or none."""
+    return (sequence.slot is None and not sequence.request.turn, sequence.rank)

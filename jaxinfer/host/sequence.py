@@ -52,6 +52,11 @@ class Sequence:
         return self.num_stored < self.num_to_prefill
 
     @property
+    def tenant(self) -> str:
+        """Whose request it is: tenants have salts and turns. Without them all are nobody's."""
+        return self.request.salt if self.request.turn else ""
+
+    @property
     def rank(self) -> tuple[int, int, int]:
         """Who goes first: lower priority number, then lower turn, then earlier arrival."""
         return (self.request.priority, self.request.turn, self.order)

@@ -47,7 +47,8 @@ def save(scheduler: Scheduler) -> State:
         "idle": scheduler.pool.idle,
         "num_arrived": scheduler.num_arrived,
         "num_preemptions": scheduler.num_preemptions,
-        "prefill_debt": scheduler.prefill_debt,
+        "prefill_debt": dict(scheduler.prefill_debt),
+        "last_asked": dict(scheduler.last_asked),
         "peak_owned": scheduler.pool.peak_owned,
         "num_evicted": scheduler.pool.num_evicted,
         "num_queried": stats.num_queried_tokens,
@@ -78,7 +79,8 @@ def load(
     scheduler.prefix.load(known, num_queried=state["num_queried"], num_hits=state["num_hits"])
     scheduler.num_arrived = state["num_arrived"]
     scheduler.num_preemptions = state["num_preemptions"]
-    scheduler.prefill_debt = state["prefill_debt"]
+    scheduler.prefill_debt = dict(state["prefill_debt"])
+    scheduler.last_asked = dict(state["last_asked"])
     scheduler.check_integrity()
     return scheduler
 

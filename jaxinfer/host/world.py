@@ -146,7 +146,7 @@ class World:
                 tuple(self.indices),
                 tuple((page, self._salt_of(page)) for page in sorted(scheduler.prefix.pages)),
                 tuple(scheduler.pool.idle),
-                scheduler.prefill_debt,
+                tuple(scheduler.prefill_debt.values()),
                 tuple(
                     (
                         tuple(one.order for one in plan.sampled),

@@ -60,7 +60,8 @@ class Edge(_VirtualEngine):
                 lease.end()
                 continue
             turn = lease.turn if self._is_fair else 0
-            sequence = self.scheduler.add(replace(request, turn=turn))
+            salt = caller.salt("") if self._is_fair else request.salt
+            sequence = self.scheduler.add(replace(request, turn=turn, salt=salt))
             timeline = self._live[sequence.order] = Timeline(sent_s)
             lease.num_output_tokens = functools.partial(len, timeline.tokens_s)
             self._leases[sequence.order] = lease

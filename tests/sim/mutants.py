@@ -328,8 +328,8 @@ MUTANTS = [
     Mutant(
         "a later one jumps the line",
         scheduler,
-        "            if not draft.admit(sequence):\n                break\n",
-        "            draft.admit(sequence)\n",
+        "is_open = is_open and draft.admit(sequence)",
+        "draft.admit(sequence)",
     ),
     Mutant("a slot is given twice", draft, "self._free_slots.pop(0)", "self._free_slots[0]"),
     Mutant(

@@ -1,10 +1,14 @@
 """A tenant that asks ten times its share beside one that does not."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
-from tests.sim.fairness import CONFIG, LARGE, SMALL, capacity_per_s, seen_by
+from jaxinfer.host.cost_model import Work
+from jaxinfer.host.simulator import run
+from tests.sim.fairness import CONFIG, COST, LARGE, SMALL, capacity_per_s, seen_by
+from tests.sim.swarm import random_scenario
 
 SMALLER = replace(CONFIG, num_slots=8)
 
@@ -19,7 +23,11 @@ SMALLER = replace(CONFIG, num_slots=8)
     ],
 )
 def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part):
-    """Twice the solo figure is a step under way and fuller steps; in arrival order it is 30x."""
+    """At most one step of the flood's, under way or next, lies before each of its own prompts.
+
+    That step is no longer than a chunk: what it takes is apart from the figure, as no order of
+    requests could take it away. In arrival order it is 30 times the solo figure.
+    """
     capacity = capacity_per_s(config)
     rates = {SMALL: part * capacity, LARGE: 10 * capacity / 2}
     seconds = 60 / rates[SMALL]
@@ -31,7 +39,10 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part):
         for is_fair in (True, False)
     )
     assert fair.num_refused == 0 and len(fair.ttft_s) == len(solo.ttft_s) > 40
-    assert fair.p99_s <= 2.5 * solo.p99_s
+    longest_step_s = COST.seconds(Work((512,), 0, 0, 0))
+    bare = (fair.p99_s - longest_step_s) / solo.p99_s
+    print(f"p99 {fair.p99_s / solo.p99_s:.2f} times solo, and {bare:.2f} without that step")
+    assert bare <= 1.5
     assert first_come.num_refused > 0
     assert first_come.p99_s >= 30 * solo.p99_s
 
@@ -52,3 +63,16 @@ def test_turns_cost_one_tenant_alone_nothing():
         for is_fair in (True, False)
     )
     assert fair == first_come
+
+
+def test_tenants_break_no_invariant():
+    """Random scenarios, failures and preemptions included, each request of one of two tenants."""
+    for seed in range(60):
+        rng, turns, requests = random.Random(f"turns {seed}"), {"a": 0, "b": 0}, []
+        scenario = random_scenario(seed)
+        for request in scenario.requests:
+            tenant = rng.choice("ab")
+            turns[tenant] += rng.randint(1, 40)
+            requests.append(replace(request, turn=turns[tenant], salt=tenant + request.salt))
+        simulation = run(replace(scenario, requests=tuple(requests)))
+        assert not simulation.scheduler.chunks_under_way
