@@ -1,5 +1,7 @@
 """The committed stubs say what the proto files say."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,41 @@ FILES = {
     "jaxinfer/v1/inference.proto": pb.DESCRIPTOR,
     "jaxinfer/v1/model.proto": model_pb2.DESCRIPTOR,
 }
+BUF = shutil.which("buf") or str(Path(sys.executable).with_name("buf"))
+# File, what is changed there, into what, and the rule and word that must come of it.
+PLANTS = [
+    ("inference", r"optional int32 priority = 9;", "", ("FIELD_NO_DELETE", '"priority"')),
+    ("inference", r"(optional bool token_ids =) 2;", r"\1 9;", ("FIELD_NO_DELETE", '"2"')),
+    (
+        "inference",
+        r"optional int32( priority = 4;)",
+        r"optional string\1",
+        ("FIELD_SAME_TYPE", '"4"'),
+    ),
+    ("inference", r"repeated (int32 stop_token_ids)", r"\1", ("FIELD_SAME_CARDINALITY", '"4"')),
+    (
+        "inference",
+        r"repeated int32 token_ids = 2;",
+        "repeated int32 ids = 2;",
+        ("FIELD_SAME_NAME", "ids"),
+    ),
+    ("inference", r"rpc Detokenize\([^;]*;", "", ("RPC_NO_DELETE", '"Detokenize"')),
+    ("inference", r"FINISH_REASON_LENGTH = \d+;", "", ("ENUM_VALUE_NO_DELETE", "FinishReason")),
+    (
+        "model",
+        r"rpc GetModel\(GetModelRequest\)",
+        "rpc GetModel(ListModelsRequest)",
+        ("RPC_SAME_REQUEST_TYPE", '"GetModel"'),
+    ),
+    ("model", r"message Capability ", "message Ability ", ("MESSAGE_NO_DELETE", '"Capability"')),
+    ("model", r"repeated Capability ", "repeated Ability ", ("FIELD_SAME_TYPE", "Ability")),
+]
+needs_buf = pytest.mark.skipif(not Path(BUF).exists(), reason="buf is not installed")
+
+
+def buf(*arguments, folder=ROOT):
+    """What it says of the proto files in a folder."""
+    return subprocess.run([BUF, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(find_spec("grpc_tools") is None, reason="grpcio-tools is not installed")
@@ -44,14 +81,34 @@ def test_every_proto_file_is_covered():
     assert found == sorted(FILES)
 
 
-@pytest.mark.skipif(
-    shutil.which("buf") is None and not Path(sys.executable).with_name("buf").exists(),
-    reason="buf is not installed",
-)
+@needs_buf
 def test_buf_lint_passes():
-    buf = shutil.which("buf") or str(Path(sys.executable).with_name("buf"))
-    result = subprocess.run([buf, "lint"], cwd=ROOT, capture_output=True, text=True)
+    result = buf("lint")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_buf
+def test_nothing_that_was_released_is_broken():
+    result = buf("breaking", "--against", "proto/released.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_buf
+def test_every_kind_of_break_is_found(tmp_path):
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    for name, old, new, _ in PLANTS:
+        path = tmp_path / f"proto/jaxinfer/v1/{name}.proto"
+        text, count = re.subn(old, new, path.read_text(), count=1)
+        assert count, f"{old} stands nowhere in {name}.proto"
+        path.write_text(text)
+    result = buf(
+        "breaking", "--against", "proto/released.json", "--error-format=json", folder=tmp_path
+    )
+    assert result.returncode
+    found = [(one["type"], one["message"]) for one in map(json.loads, result.stdout.splitlines())]
+    for _, _, _, (kind, word) in PLANTS:
+        assert any(kind == one and word in message for one, message in found), (kind, word, found)
 
 
 def test_both_generate_requests_are_the_same():
