@@ -14,6 +14,8 @@ MAX_CHAT_MESSAGES = 4096
 MAX_TEXT_CHARS = 1 << 20
 CHARS_PER_TOKEN = 128  # no vocabulary has a token that is much longer
 LARGE_BYTES = 64 * 1024  # what is larger is read off the event loop
+MAX_PARTS = 65_536
+"""Fields and list entries of a message: reading millions of empty ones takes seconds."""
 
 
 def check_text(text: str, *, max_tokens: int | None, field: str) -> None:
@@ -46,6 +48,49 @@ def json_value(text: str, kind: type, *, field: str) -> Any:
         raise InvalidRequest(f"{field} holds {found}; it must be {words[kind]}", field=field)
     _check_tree(value, field=field)
     return value
+
+
+def check_parts(kind: Any, data: bytes) -> None:
+    """Raises InvalidRequest where bytes hold more parts than any request needs.
+
+    `kind` is a message's descriptor. It walks over the bytes before anything is made of them, in
+    Python and so without holding up other threads, and stops at the bound. What is damaged is
+    left to the parser.
+    """
+    num_parts = 0
+    todo: list[tuple[Any, int, int]] = [(kind, 0, len(data))]
+    while todo:
+        inside, place, end = todo.pop()
+        while place < end:
+            tag, place = _varint(data, place)
+            wire, value = tag & 7, 0
+            if wire == 0 or wire == 2:
+                value, place = _varint(data, place)
+            num_parts += 1
+            if num_parts > MAX_PARTS:
+                raise InvalidRequest(
+                    f"the request has more than {MAX_PARTS} fields and list entries in its "
+                    f"{len(data)} bytes; send fewer",
+                    field="the request",
+                )
+            if wire == 2:
+                field = inside.fields_by_number.get(tag >> 3)
+                if field is not None and field.message_type is not None:
+                    todo.append((field.message_type, place, min(place + value, end)))
+                place += value
+            else:
+                place += {1: 8, 5: 4}.get(wire, 0)
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number and the place behind it; where the bytes end, whatever there was."""
+    value = shift = 0
+    for byte in data[place : place + 10]:
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            return value, place
+    return value, place
 
 
 def refuse_unknown(message: Message) -> None:

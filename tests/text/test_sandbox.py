@@ -1,10 +1,15 @@
 """Templates of a hostile checkpoint: none gets out, and none takes more than a chat needs."""
 
+import inspect
+import itertools
+import time
+
 import pytest
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.text import chat
 from jaxinfer.text.assets import TextAssets
+from jaxinfer.text.sandbox import RENDER_S, TooMuch, bounded
 
 ESCAPES = tuple(
     f"{{{{ {start}{path} }}}}"
@@ -48,6 +53,17 @@ BOMBS = (
 )
 
 
+COSTLY = (
+    "{{ range(99999) | list | sort | length }}" * 40,
+    "{{ ['ab' * 500000] | map('replace', 'a', 'c') | join | length }}" * 40,
+    "{% set x = 'ab' * 1900000 %}" + "{{ (x + 'c') | length }}" * 40,
+    "{{ ('ab' * 500000).replace('a', 'c') | length }}" * 40,
+    "{% for i in range(5000) %}{% if 'q' in messages %}{% endif %}{% endfor %}",
+    "{% for i in range(900) %}{{ i }}{% endfor %}",
+)
+"""None makes much text or many turns; together they take long."""
+
+
 def render(template: str) -> str:
     return chat.render(TextAssets("{}", template), [{"role": "user", "content": "{{ 7*7 }}"}])
 
@@ -76,3 +92,31 @@ def test_what_a_chat_needs_is_let_through() -> None:
     assert render("{{ [1, 2] | join('-') }}{{ 1234567 | string }}") == "1-21234567"
     assert render("{{ ['a', 'b'] | map('upper') | join }}{{ ', '.join(['x', 'y']) }}") == "ABx, y"
     assert render("{% for i in range(9) if i > 6 %}{{ loop.index }}{{ i }}{% endfor %}") == "1728"
+
+
+@pytest.mark.parametrize("template", COSTLY)
+def test_processor_time_is_bounded_whatever_it_is_spent_on(template: str) -> None:
+    looks = itertools.count()
+
+    def clock() -> float:
+        return next(looks) * RENDER_S / 20  # the twentieth look comes too late
+
+    with pytest.raises(TooMuch, match="s of processor time"):
+        bounded(chat._compile(template), {"messages": [{}]}, clock=clock)
+    assert next(looks) < 30
+
+
+def test_long_conversations_may_take_longer() -> None:
+    template = chat._compile("{% for m in messages %}{{ m }}{% endfor %}")
+
+    def render_with(num_messages: int, spent_s: float) -> str:
+        times = itertools.chain([0.0], itertools.repeat(spent_s))
+        return bounded(template, {"messages": ["x"] * num_messages}, clock=lambda: next(times))
+
+    assert render_with(4000, 0.5) == "x" * 4000
+    with pytest.raises(TooMuch):
+        render_with(400, 0.5)
+
+
+def test_the_clock_is_that_of_the_threads_own_work() -> None:
+    assert inspect.signature(bounded).parameters["clock"].default is time.thread_time
