@@ -29,14 +29,24 @@ class ServerConfig:
     """OpenAI's protocol is spoken there on loopback, by the extra `gateway`; 0 leaves it out."""
     request_log: str = ""
     """One JSON line for each request that ended goes to this file, `-` is stderr; empty: none."""
+    otel: bool = False
+    """A span of each request goes where the OTEL_* variables say; needs the extra `otel`."""
     stall_limit_s: float = 30.0
     """Health says NOT_SERVING when a step takes longer; 0: never."""
     reader_limit_s: float = 60.0
     """A stream whose client takes nothing for so long ends with ABORTED; 0: never."""
     max_waiting_tokens: int = 0
     """Prompt tokens that may wait in all; one request more is refused. 0: no bound of its own."""
+    max_chat_messages: int = 4096
+    """Messages of one conversation; one more is refused before the chat template runs."""
     max_streams: int = 1024
-    """Calls at once on one connection."""
+    """Calls at once on one connection. Lower: a client that floods delays others less; but one
+    that asks for more at once may be refused, also where it waits for its turn."""
+    refuse_resets: bool = False
+    """gRPC's own guard against calls that are taken back at once. Where strangers can connect; it
+    also refuses calls of honest clients that ask for many at once, and can't say when to retry."""
+    max_connections: int = 1000
+    """Connections at once on one port; one more is closed as it comes."""
 
     def __post_init__(self) -> None:
         for key in ("port", "admin_port", "metrics_port", "openai_port"):
@@ -44,12 +54,9 @@ class ServerConfig:
                 raise ConfigError(
                     f"server.{key} is {getattr(self, key)}; it must be from 0 to 65535"
                 )
-        if self.max_streams < 1:
-            raise ConfigError(f"server.max_streams is {self.max_streams}; it must be at least 1")
-        if self.max_message_bytes < 1:
-            raise ConfigError(
-                f"server.max_message_bytes is {self.max_message_bytes}; it must be at least 1"
-            )
+        for key in ("max_streams", "max_connections", "max_message_bytes", "max_chat_messages"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"server.{key} is {getattr(self, key)}; it must be at least 1")
         for key in (
             "drain_grace_s",
             "resume_ttl_s",

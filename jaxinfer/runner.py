@@ -114,16 +114,7 @@ class EngineThread:
         """Hands a request over; raises InvalidRequest, QueueFull or Draining at once."""
         check_request(request, self.limits)
         with self._wake:
-            if self._is_draining or self._is_stopping:
-                raise Draining("the server is draining and takes no new requests; ask another")
-            if not self._thread.is_alive():
-                raise Draining("the engine has stopped and takes no new requests")
-            waiting = self._engine.num_waiting + self._num_inbox_requests
-            if waiting >= self._engine.max_waiting:
-                raise QueueFull(
-                    f"{waiting} requests are waiting, the bound (engine.max_waiting); "
-                    "try again later"
-                )
+            self.check_room()
             if request.request_id in self._live:
                 raise DuplicateRequest(
                     f"request_id {request.request_id!r} is in use by a live request",
@@ -133,6 +124,18 @@ class EngineThread:
             self._num_inbox_requests += 1
             self._live.add(request.request_id)
             self._wake.notify()
+
+    def check_room(self) -> None:
+        """Raises QueueFull or Draining where a request of any kind would be refused now."""
+        if self._is_draining or self._is_stopping:
+            raise Draining("the server is draining and takes no new requests; ask another")
+        if not self._thread.is_alive():
+            raise Draining("the engine has stopped and takes no new requests")
+        waiting = self._engine.num_waiting + self._num_inbox_requests
+        if waiting >= self._engine.max_waiting:
+            raise QueueFull(
+                f"{waiting} requests are waiting, the bound (engine.max_waiting); try again later"
+            )
 
     def cancel(self, request_id: str) -> None:
         """Asks for a request to end; it ends within one step, with CANCELLED."""

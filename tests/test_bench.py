@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from jaxinfer import cli
-from jaxinfer.bench import bits, clients, interference, prefix, simulated
+from jaxinfer.bench import bits, clients, edge, interference, prefix, simulated
 from jaxinfer.bench.load import calls
 from jaxinfer.config import CacheConfig
 from jaxinfer.errors import ConfigError
@@ -186,3 +186,20 @@ def test_a_cost_model_that_is_measured_now_is_used(capsys, tmp_path, monkeypatch
 def test_bad_numbers_are_refused_before_a_model_is_loaded(capsys, argv, words):
     code, out, err = run(capsys, "bench", *argv.split())
     assert (code, out) == (2, "") and words in err
+
+
+def test_edge_counts_every_token_that_a_real_server_streams():
+    load = edge.Load(streams=3, step_s=0.002, tokens=7, seconds=0.3, warm_s=0.2)
+    report = edge.measure(load, rounds=1)
+    (found,) = report.rounds
+    assert 0 < found.messages_per_s <= found.tokens_per_s == report.tokens_per_s
+    assert found.server_us_per_message >= found.server_us_per_token > 0
+    assert found.gap_p99_ms >= found.gap_p50_ms > 0 and found.made_per_s > 0
+    assert json.loads(json.dumps(report.as_dict()))["load"]["streams"] == 3
+    assert "3 streams" in lines_of(edge.table(report))[0]
+
+
+@pytest.mark.parametrize("flags", [("--streams", "0"), ("--step-ms", "-1"), ("--seconds", "0")])
+def test_edge_refuses_loads_that_are_none(flags, capsys):
+    assert cli.run(["bench", "edge", *flags]) == 2
+    assert flags[0] in capsys.readouterr().err

@@ -3,9 +3,13 @@
 import json
 import re
 import socket
+import ssl
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import trustme
 from rich.console import Console
 
 from jaxinfer import cli
@@ -46,6 +50,43 @@ def test_one_frame_in_a_pipe(served, capsys):
     assert rows["tokens out"].split()[-1] == "40" and rows["requests ended"].split()[-1] == "5"
     assert rows["first token"].split()[-1] == "5" and rows["between tokens"].split()[-1] == "35"
     assert "none" in rows["trouble"] and "\x1b" not in out
+
+
+def test_over_tls_it_shows_who_asks_and_over_a_plain_wire_it_does_not(
+    served, tmp_path, monkeypatch, capsys
+):
+    authority, shown_ = trustme.CA(), []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            shown_.append((self.path, self.headers.get("Authorization")))
+            body = scrape(served[0]).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("JAXINFER_TOKEN", "jxi_mine")
+    trusted = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(trusted)
+    with HTTPServer(("127.0.0.1", 0), Proxy) as plain, HTTPServer(("127.0.0.1", 0), Proxy) as tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        tls.socket = context.wrap_socket(tls.socket, server_side=True)
+        for server in (plain, tls):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        asked = ["top", "--once", "--address"]
+        assert cli.run([*asked, f"127.0.0.1:{plain.server_port}"]) == 0
+        address = f"https://127.0.0.1:{tls.server_port}/metrics"
+        assert cli.run([*asked, address]) != 0  # its authority is nobody's
+        assert "certificate" in capsys.readouterr().err
+        monkeypatch.setenv("JAXINFER_TLS_CA", str(trusted))
+        assert cli.run([*asked, address]) == 0
+        for server in (plain, tls):
+            server.shutdown()
+    assert shown_ == [("/metrics", None), ("/metrics", "Bearer jxi_mine")]
 
 
 def test_two_scrapes_make_rates_and_recent_times():

@@ -1,5 +1,6 @@
 """`jaxinfer trace`: what a journal says, as spans on tracks."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -119,3 +120,23 @@ def test_segments_of_one_engine_follow_each_other(segment, tmp_path):
     follows = Segment(segment.path, segment.header | {"state": after}, [], is_torn=False)
     assert trace._leads_to(segment, follows)
     assert asdict(segment)["is_torn"] is False
+
+
+def test_every_event_is_what_the_trace_event_format_asks(segment):
+    events = json.loads(json.dumps(list(trace.draw([segment]))))
+    keys = {"X": {"tid", "ts", "dur"}, "C": {"ts", "args"}, "i": {"tid", "ts", "s"}}
+    keys["M"] = {"tid", "args"}
+    for event in events:
+        assert keys[event["ph"]] <= event.keys() and event["name"] and event["pid"] == 1
+        assert all(isinstance(event.get(key, 0.0), float | int) for key in ("ts", "dur", "tid"))
+        if event["ph"] == "C":
+            assert all(isinstance(value, int | float) for value in event["args"].values())
+    named = {event["tid"] for event in events if event["name"] == "thread_name"}
+    drawn = {event["tid"] for event in events if event["ph"] in "Xi"}
+    assert drawn <= named
+    for track in drawn:  # spans of one track lie side by side, or a viewer would misplace them
+        times = [
+            (e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == track
+        ]
+        ordered = sorted(times)
+        assert all(end <= start + 0.2 for (_, end), (start, _) in itertools.pairwise(ordered))

@@ -16,6 +16,8 @@ COMMANDS = {
     "inspect": "Shows the parameter tree of a model and the memory plan of the settings.",
     "plan": "Says what memory a model takes, and how many sequences fit.",
     "compile": "Builds every program of the settings, so that the next start loads them.",
+    "quantize": "Writes a checkpoint with int8 weights, and how far it is from the model.",
+    "validate": "Compares quantised weights with those that they were made of.",
     "simulate": "Predicts what clients of a workload would see, without a model.",
     "replay": "Runs a journal again and points at the first difference.",
     "trace": "Draws a journal as a timeline of slots and steps, for Perfetto.",

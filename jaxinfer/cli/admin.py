@@ -13,6 +13,7 @@ from jaxinfer.cli import COMMANDS
 from jaxinfer.cli.console import console
 from jaxinfer.cli.options import Json
 from jaxinfer.client.admin import AdminClient
+from jaxinfer.config import access
 from jaxinfer.config import load as load_settings
 from jaxinfer.errors import ConfigError
 
@@ -28,11 +29,11 @@ class Where:
     address: Annotated[str | None, Parameter(name=["--address", "-a"])] = None
     """HOST:PORT of its server.admin_port; without it the port that the environment sets."""
     token_file: Path | None = None
-    """A file with a token of the scope admin, where the server asks for tokens."""
+    """A file with a token of the scope admin, else JAXINFER_TOKEN says it."""
 
     def client(self) -> AdminClient:
         """The connection; ConfigError where nothing says where to."""
-        token = None if self.token_file is None else _token(self.token_file)
+        token = access().get("token") if self.token_file is None else _token(self.token_file)
         return AdminClient(self.address or _usual_address(), token=token)
 
 

@@ -225,6 +225,46 @@ def bits(
     _print(table(report), facts=report.as_dict(), as_json=as_json)
 
 
+@app.command
+def edge(
+    *,
+    streams: int = 64,
+    step_ms: float = 1.0,
+    tokens: int = 512,
+    seconds: float = 5.0,
+    rounds: int = 3,
+    as_json: Json = False,
+) -> None:
+    """What streaming over gRPC costs, without a model: a real server, each stream a token a step.
+
+    Server and client are two processes, so two cores are the least that this wants.
+
+    Parameters
+    ----------
+    streams
+        How many answers are streamed at once.
+    step_ms
+        Milliseconds between two tokens of a stream; a late step is not made up for.
+    tokens
+        Of one answer; a stream that is done is asked again.
+    seconds
+        How long a round counts, after a second to warm up.
+    rounds
+        Rounds, each with a new server; the JSON has the median of their tokens a second.
+    as_json
+        Prints one JSON object.
+    """
+    _at_least_one(streams=streams, tokens=tokens, rounds=rounds)
+    if not (step_ms >= 0 and 0 < seconds < 3600):
+        raise ConfigError("--step-ms must be at least 0, and --seconds above 0 and below 3600")
+    from jaxinfer.bench.edge import Load, measure, table
+
+    load = Load(streams, step_ms / 1e3, tokens, seconds)
+    with progress.shown() as show:
+        report = measure(load, rounds=rounds, progress=show)
+    _print(table(report), facts=report.as_dict(), as_json=as_json)
+
+
 def _at_least_one(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 
+from jaxinfer import config
 from jaxinfer.bench.load import files, saved, tables
 from jaxinfer.bench.load.arrivals import pattern_of
 from jaxinfer.bench.load.calls import Recipe
@@ -27,6 +28,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.host.workload import NAMED, SLO, WorkloadSpec
 
 SWEEP_S = 30.0
+TLS_FILES = ("tls_ca", "tls_cert", "tls_key")
 
 
 @Parameter(name="*")
@@ -64,7 +66,9 @@ class Where:
     model_name: str = ""
     """With --openai: the model to ask; else the first that the server lists."""
     token_file: Path | None = None
-    """A file with the token that the server asks for; with --openai, the API key."""
+    """A file with the token that the server asks for, or the API key; else JAXINFER_TOKEN.
+
+    JAXINFER_TLS_CA, JAXINFER_TLS_CERT and JAXINFER_TLS_KEY stand for the options of that name."""
     tls: bool = False
     """Speaks TLS with a jaxinfer server, and trusts what this machine trusts."""
     tls_ca: Path | None = None
@@ -302,15 +306,15 @@ async def _opened(
     where: Where, ask: Ask, stack: AsyncExitStack
 ) -> tuple[Target, dict[str, str], int | None]:
     """The target, what it is, and how many tokens it knows, where it says so."""
-    token = "" if where.token_file is None else _read_token(where.token_file)
+    usual = config.access()
+    token = usual.get("token", "") if where.token_file is None else _read_token(where.token_file)
     if where.openai is None:
         if where.model_name:
             raise ConfigError("--model-name goes with --openai; a jaxinfer server has one model")
         from jaxinfer.bench.load.grpc import GrpcTarget
 
-        wire = {"tls": where.tls, "tls_ca": where.tls_ca}
-        pair = {"tls_cert": where.tls_cert, "tls_key": where.tls_key}
-        grpc_target = GrpcTarget(where.target, ask, token=token or None, **wire, **pair)
+        named = {name: getattr(where, name) or usual.get(name) for name in TLS_FILES}
+        grpc_target = GrpcTarget(where.target, ask, token=token or None, tls=where.tls, **named)
         await stack.enter_async_context(grpc_target)
         model = await grpc_target.model()
         facts = {"kind": "gRPC", "address": where.target, "model": model.name}

@@ -61,11 +61,12 @@ def _checked_settings(common: Common, openai: int | None) -> config.Config:
     settings = common.load()
     if openai is not None:
         settings = replace(settings, server=replace(settings.server, openai_port=openai))
-    from jaxinfer.server import app, exposure, openai_door
+    from jaxinfer.server import app, exposure, openai_door, sight
 
     app.check_address(settings.server)
     exposure.check(settings.server, settings.security)
     openai_door.check(settings.server, settings.security)
+    sight.check(settings.server)
     return settings
 
 

@@ -17,7 +17,7 @@ File = Annotated[Path, Parameter(name=["--file", "-f"])]
 
 
 @app.command
-def new(*, tenant: str, file: File, scopes: str = "generate,read") -> None:
+def new(*, tenant: str, file: File, scopes: str = "generate,read", expires: str = "") -> None:
     """Prints a new token, once, and adds its salted hash to the file of security.tokens.
 
     A server that runs with that file takes the token within a second.
@@ -31,20 +31,23 @@ def new(*, tenant: str, file: File, scopes: str = "generate,read") -> None:
         The file; it is made where it is not there, for its owner only.
     scopes
         What the token is for, with commas: generate, read, health, admin.
+    expires
+        How long a server takes it: 90d, 12h or 30m; without it until it is revoked.
     """
     from jaxinfer.server import tokens
 
     names = tuple(name.strip() for name in scopes.split(",") if name.strip())
     if not names:
         raise ConfigError("--scopes is empty; a token without a scope can do nothing")
-    token = tokens.new_token()
-    tokens.append(file, secrets.token_hex(4), tokens.entry_of(token, tenant=tenant, scopes=names))
+    until, token = tokens.expiry(expires) if expires else "", tokens.new_token()
+    entry = tokens.entry_of(token, tenant=tenant, scopes=names, expires=until)
+    tokens.append(file, secrets.token_hex(4), entry)
     print(token)
 
 
 @app.command(name="list")
 def list_(*, file: File, as_json: Json = False) -> None:
-    """Prints the id, tenant and scopes of every token of a file; the tokens are not in there.
+    """Prints the id, tenant, scopes and expiry of every token of a file, and no token.
 
     Parameters
     ----------
@@ -58,13 +61,19 @@ def list_(*, file: File, as_json: Json = False) -> None:
     found = tokens.read(file)
     if as_json:
         facts = [
-            {"id": name, "tenant": one.tenant, "scopes": list(one.scopes)}
+            {
+                "id": name,
+                "tenant": one.tenant,
+                "scopes": list(one.scopes),
+                "expires": one.expires or None,
+            }
             for name, one in found.tokens.items()
         ]
         print(json.dumps({"tokens": facts}))
         return
     for name, one in found.tokens.items():
-        print(f"{name}  {one.tenant}  {','.join(one.scopes)}")
+        until = f"  until {one.expires}" if one.expires else ""
+        print(f"{name}  {one.tenant}  {','.join(one.scopes)}{until}")
 
 
 @app.command

@@ -1,12 +1,13 @@
 """`jaxinfer top`: what a server does now, on the terminal; reads its /metrics."""
 
 import math
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
 from http.client import HTTPException
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 from rich.console import Group
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxinfer.cli.console import console
+from jaxinfer.config import access
 from jaxinfer.errors import ClientError, Unreachable
 
 TIMEOUT_S = 5.0
@@ -77,7 +79,8 @@ def top(
     Parameters
     ----------
     address
-        HOST:PORT of its metrics: server.host and server.metrics_port.
+        HOST:PORT of its metrics: server.host and server.metrics_port. With https:// before it, as
+        of a proxy, JAXINFER_TOKEN, JAXINFER_TLS_CA, _CERT and _KEY say who asks.
     every_s
         Seconds between two frames.
     once
@@ -96,9 +99,9 @@ def top(
 
 def scrape(address: str) -> Scrape:
     """Asks a server; raises Unreachable where none answers, ClientError where it is another."""
-    url = f"http://{address.removeprefix('http://').rstrip('/').removesuffix('/metrics')}/metrics"
+    url = url_of(address)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        with _open(url) as answer:
             text = answer.read().decode()
     except (OSError, ValueError, HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -110,6 +113,26 @@ def scrape(address: str) -> Scrape:
     if "slots" not in found.values:
         raise ClientError(f"{url} answers, but not with the metrics of a jaxinfer server")
     return found
+
+
+def url_of(address: str) -> str:
+    """Where the metrics are; https where the address says so."""
+    scheme = "https" if address.startswith("https://") else "http"
+    place = address.removeprefix(f"{scheme}://").rstrip("/").removesuffix("/metrics")
+    return f"{scheme}://{place}/metrics"
+
+
+def _open(url: str) -> Any:
+    """A proxy with TLS is shown who asks; over a plain wire the token stays here."""
+    if not url.startswith("https://"):
+        return urllib.request.urlopen(url, timeout=TIMEOUT_S)
+    who = access()
+    trusted = ssl.create_default_context(cafile=who.get("tls_ca"))
+    if "tls_cert" in who:
+        trusted.load_cert_chain(who["tls_cert"], who.get("tls_key"))
+    headers = {"Authorization": f"Bearer {who['token']}"} if "token" in who else {}
+    asked = urllib.request.Request(url, headers=headers)
+    return urllib.request.urlopen(asked, timeout=TIMEOUT_S, context=trusted)
 
 
 def parse(text: str, *, at_s: float) -> Scrape:

@@ -13,6 +13,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 20_000),  # a server that vanished without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # else a minute passes where its kernel still answers
     ("grpc.http2.max_pings_without_data", 0),  # no bound: a long answer is one request
     ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits grow to two minutes
     ("grpc.max_reconnect_backoff_ms", 1_000),

@@ -113,7 +113,8 @@ class Admin:
             message = translate.parse(pb.ExplainRequestRequest, data)
             if self._explain is None:
                 raise OutOfTurn("this server keeps no timelines, so it can't explain a request")
-            happenings = self._explain(message.request_id)
+            # A request of many thousand steps takes tens of milliseconds to tell.
+            happenings = await asyncio.to_thread(self._explain, message.request_id)
             if happenings is None:
                 raise UnknownRequest(
                     f"no request {message.request_id!r} is live or among the last that ended",

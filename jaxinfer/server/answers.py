@@ -77,6 +77,9 @@ class Answers:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._num_bytes = 0
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._kept
+
     def __len__(self) -> int:
         return len(self._kept)
 

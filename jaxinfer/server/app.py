@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from jaxinfer.edge_config import SecurityConfig, ServerConfig
 from jaxinfer.errors import ConfigError, EngineFailed
 from jaxinfer.host.request import FinishReason, Output, Request
-from jaxinfer.server import admin, auth, exposure, openai_door, service, tls
+from jaxinfer.server import admin, auth, event_loop, exposure, openai_door, service, tls
 from jaxinfer.server.address import ADMIN_HOST, check_address
 from jaxinfer.server.admin import Admin, Explain
 from jaxinfer.server.answers import Answers
@@ -50,6 +50,9 @@ CONNECTION_AGE_MS = 30 * 60_000  # so that clients spread over servers that came
 CONNECTION_GRACE_MS = 5 * 60_000
 CONNECTION_IDLE_MS = 15 * 60_000
 CLIENT_PING_MS = 10_000  # clients may look that often whether the server is there
+PING_STRIKES = 2  # pings too early, before the connection is closed
+HANDSHAKE_MS = 10_000  # for TLS and the first words of HTTP/2
+MAX_PENDING = 8192  # calls that no task has taken yet; beyond it gRPC drops others' calls, too
 
 log = logging.getLogger("jaxinfer.server")
 
@@ -83,7 +86,7 @@ def run(
         explain=explain,
         steps=steps,
     )
-    asyncio.run(_run(server, config, ready, door))
+    event_loop.run(_run(server, config, ready, door))
 
 
 class Server:
@@ -128,6 +131,7 @@ class Server:
             self._config,
             has_tenants=bool(self._security.tokens),
             steps=self._steps,
+            explain=self._explain,
         )
         self._hub = Hub(
             loop,
@@ -207,6 +211,7 @@ class Server:
             self._hub,
             salt=self._config.prefix_salt,
             reader_limit_s=self._config.reader_limit_s,
+            max_chat_messages=self._config.max_chat_messages,
             tenants=self._tenants,
         )
         gates = (self._arrivals, *self._sight.interceptors, *self._gates)
@@ -328,8 +333,15 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # else a minute passes
         ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_PING_MS),
+        ("grpc.http2.max_ping_strikes", PING_STRIKES),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
+        ("grpc.server.max_pending_requests", MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
         ("grpc.max_concurrent_streams", config.max_streams),
+        ("grpc.http.overload_protection", int(config.refuse_resets)),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),

@@ -1,6 +1,7 @@
 """Who may call what: bearer tokens, and a scope for every method; what has none is denied."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxinfer.errors import (
     QuotaExceeded,
     Unauthenticated,
 )
-from jaxinfer.server.status import Reported
+from jaxinfer.server.status import Reported, let_go
 from jaxinfer.server.tenants import ANYONE, CALLER, Caller, Tenants
 from jaxinfer.server.tokens import TokenFile, watch
 from jaxinfer.v1 import admin_pb2, inference_pb2, model_pb2
@@ -49,9 +50,12 @@ class Gate(grpc.aio.ServerInterceptor):
         tokens: Callable[[], TokenFile],
         tenants: Tenants,
         scopes: dict[str, str] | None = None,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._tokens = tokens
         self._tenants = tenants
+        self._now = now
         self._scopes = method_scopes() if scopes is None else scopes
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -81,7 +85,7 @@ class Gate(grpc.aio.ServerInterceptor):
             )
         scheme, _, token = str(given[0]).partition(" ")
         is_one = len(given) == 1 and scheme.lower() == "bearer" and len(token) <= MAX_TOKEN_CHARS
-        caller = self._tokens().find(token) if is_one else None
+        caller = self._tokens().find(token, now=self._now()) if is_one else None
         if caller is None:
             raise Unauthenticated("the token is not one of this server's, or no longer")
         return caller
@@ -104,7 +108,7 @@ def refusal(error: JaxinferError) -> grpc.RpcMethodHandler:
         async with Reported(call):
             raise error
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(let_go(refuse))
 
 
 def gates(

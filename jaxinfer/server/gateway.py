@@ -26,7 +26,7 @@ from jaxinfer.server.health import Door
 from jaxinfer.server.hub import Hub, Mailbox
 from jaxinfer.server.served import EngineLike, ServedModel
 from jaxinfer.server.service import Asked, Service, raise_failure, read
-from jaxinfer.server.status import Call, Reported
+from jaxinfer.server.status import Call, Reported, let_go
 from jaxinfer.server.tenants import CALLER
 
 pb: Any = vllm_engine_pb2
@@ -92,7 +92,7 @@ class Gateway:
             "GetServerInfo": self.get_server_info,
             "GetLoads": self.get_loads,
         }
-        streams: dict[str, Any] = {"Generate": self._write_answer}
+        streams: dict[str, Any] = {"Generate": let_go(self._write_answer)}
         if self._served.text is not None:
             streams["GetTokenizer"] = self.get_tokenizer
         return grpc.method_handlers_generic_handler(
@@ -121,7 +121,7 @@ class Gateway:
                 self._edge.leave(request.request_id, mailbox)
 
     async def _write_answer(self, data: bytes, call: Any) -> None:
-        await self._edge.write(self.generate(data, call), call)
+        await self._edge.writers.write(self.generate(data, call), call)
 
     async def abort(self, data: bytes, call: Call) -> Any:
         async with Reported(call):

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxinfer.errors import DuplicateRequest, JaxinferError
@@ -11,9 +12,11 @@ from jaxinfer.server.answers import Answers, Draft
 from jaxinfer.server.line import Line
 from jaxinfer.server.resume import check_same
 
+MAX_NEWS = 64  # outputs apart from each other, while nobody takes them
+
 
 class Mailbox:
-    """What a request got and its reader has not taken yet: always at most one output.
+    """What a request got and its reader has not taken yet: one output, when it is taken.
 
     Outputs that arrive between two takes become one, so a slow reader gets larger pieces and never
     a longer queue.
@@ -22,13 +25,13 @@ class Mailbox:
     def __init__(self) -> None:
         self.is_abandoned = False
         self.is_aborted = False  # by an operator
+        self.has_begun = False
         self.draft: Draft | None = None  # of the whole answer, for those who ask again
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._text: list[str] = []
+        self._news: list[Output] = []
         self._last: Output | None = None
-        self._arrived = asyncio.Event()
-        self._finished = asyncio.Event()
+        self._is_over = False
+        self._reader: asyncio.Future[None] | None = None
+        self._is_end_awaited = False  # and news alone do not wake the reader
 
     @property
     def num_output_tokens(self) -> int:
@@ -38,31 +41,43 @@ class Mailbox:
     def put(self, output: Output) -> None:
         """Adds an output; on the loop's thread only."""
         self._last = output
-        self._token_ids += output.token_ids
-        self._logprobs += output.logprobs
-        self._text.append(output.text)
-        self._arrived.set()
+        news = self._news
+        news.append(output)
+        if len(news) >= MAX_NEWS + len(news[0].token_ids) // 8:  # seldom, the more there is
+            self._news = [_merged(news)]
         if output.finish_reason is not None:
-            self._finished.set()
+            self._is_over = True
+        if self._reader is not None and (self._is_over or not self._is_end_awaited):
+            self._reader, reader = None, self._reader
+            if not reader.done():
+                reader.set_result(None)
 
     async def take(self) -> Output:
         """Waits for news and returns all of it as one output."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        assert self._last is not None
-        merged = replace(
-            self._last,
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            text="".join(self._text),
-        )
-        self._token_ids, self._logprobs, self._text = [], [], []
-        return merged
+        while not self._news:
+            await self._wait(for_end=False)
+        news, self._news = self._news, []
+        return news[0] if len(news) == 1 else _merged(news)
 
     async def take_all(self) -> Output:
         """Waits for the end and returns everything as one output."""
-        await self._finished.wait()
+        while not self._is_over:
+            await self._wait(for_end=True)
         return await self.take()
+
+    async def _wait(self, *, for_end: bool) -> None:
+        self._is_end_awaited = for_end
+        self._reader = asyncio.get_running_loop().create_future()
+        await self._reader
+
+
+def _merged(news: Sequence[Output]) -> Output:
+    return replace(
+        news[-1],
+        token_ids=tuple(chain.from_iterable(one.token_ids for one in news)),
+        logprobs=tuple(chain.from_iterable(one.logprobs for one in news)),
+        text="".join(one.text for one in news),
+    )
 
 
 class Unclaimed(NamedTuple):
@@ -103,6 +118,10 @@ class Hub:
     def live(self) -> list[str]:
         """Ids of requests that the engine has not ended yet, oldest first."""
         return list(self._mailboxes)
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a request of that id is live, or its answer is kept."""
+        return request_id in self._mailboxes or request_id in self.answers
 
     def open(self, request_id: str) -> Mailbox:
         """A mailbox for a request that is about to be submitted."""
@@ -199,7 +218,9 @@ class Hub:
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is None:
                 continue
-            self.line.begin(output.request_id)
+            if not mailbox.has_begun:
+                mailbox.has_begun = True
+                self.line.begin(output.request_id)
             if mailbox.draft is not None:
                 mailbox.draft.add(output)
             if not mailbox.is_abandoned:

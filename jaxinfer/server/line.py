@@ -40,6 +40,24 @@ class Line:
         """When it makes sense to ask again: when half of the line has gone."""
         return min(max(self.wait_s / 2, LEAST_WAIT_S), MOST_WAIT_S)
 
+    def check_room(self, deadline_s: float | None) -> None:
+        """Raises what any request is told now, whatever its prompt; for before it is tokenised."""
+        if self._max_tokens and self._num_tokens >= self._max_tokens:
+            raise QueueFull(
+                f"{self._num_tokens} prompt tokens wait, the bound (server.max_waiting_tokens); "
+                "try again later",
+                retry_after_s=self.retry_after_s,
+            )
+        if deadline_s is None:
+            return
+        left_s = deadline_s - self._clock()
+        if SURE * self.wait_s > left_s:
+            raise DeadlinePassed(
+                f"{len(self._waiting)} requests wait, which takes about {self.wait_s:.1f} s, and "
+                f"the deadline is in {max(0.0, left_s):.1f} s; give more time, or ask another "
+                "server"
+            )
+
     def check(self, request: Request) -> None:
         """Raises what a request that can't or should not wait is told."""
         size = len(request.prompt)
@@ -54,15 +72,7 @@ class Line:
                 "(server.max_waiting_tokens); try again later",
                 retry_after_s=self.retry_after_s,
             )
-        if request.deadline_s is None:
-            return
-        left_s = request.deadline_s - self._clock()
-        if SURE * self.wait_s > left_s:
-            raise DeadlinePassed(
-                f"{len(self._waiting)} requests wait, which takes about {self.wait_s:.1f} s, and "
-                f"the deadline is in {max(0.0, left_s):.1f} s; give more time, or ask another "
-                "server"
-            )
+        self.check_room(request.deadline_s)
 
     def enter(self, request: Request) -> None:
         """A request waits now."""

@@ -21,6 +21,9 @@ class Seen(NamedTuple):
     num_text_bytes: int = 0
 
 
+NOTHING = Seen()
+
+
 class Rest:
     """What follows after `seen`, output by output."""
 
@@ -30,6 +33,8 @@ class Rest:
     def of(self, output: Output) -> Output:
         """An output without what the client has; InvalidRequest where it can't have that much."""
         left = self._left
+        if left == NOTHING:
+            return output
         num_text_bytes = 0
         if left.num_text_bytes:
             data = output.text.encode()

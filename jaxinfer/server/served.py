@@ -56,6 +56,10 @@ class EngineLike(Protocol):
         """Takes a request, or raises InvalidRequest, QueueFull or Draining at once."""
         ...
 
+    def check_room(self) -> None:
+        """Raises QueueFull or Draining where any request would be refused now; costs nothing."""
+        ...
+
     def cancel(self, request_id: str) -> None:
         """Ends a request soon; an id that is not live is no error."""
         ...

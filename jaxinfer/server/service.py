@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -15,7 +16,6 @@ from jaxinfer.errors import (
     EngineFailed,
     InvalidRequest,
     QueueFull,
-    SlowReader,
 )
 from jaxinfer.host.request import FinishReason, Output, Request, SamplingParams
 from jaxinfer.server import bounds, translate
@@ -23,8 +23,9 @@ from jaxinfer.server.hub import Hub, Mailbox
 from jaxinfer.server.resume import Rest, Seen, seen_from
 from jaxinfer.server.score import Scoring
 from jaxinfer.server.served import EngineLike, ServedModel
-from jaxinfer.server.status import Call, Reported
+from jaxinfer.server.status import BEGUN, Call, Reported, let_go
 from jaxinfer.server.tenants import CALLER, Tenants
+from jaxinfer.server.writing import Writers
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import model_pb2
 
@@ -50,6 +51,7 @@ class Asked(NamedTuple):
     """None where the request is not resumed."""
     is_seeded: bool = True
     """False where the seed was drawn here."""
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Service:
         *,
         salt: str = "",
         reader_limit_s: float = 0.0,
+        max_chat_messages: int = bounds.MAX_CHAT_MESSAGES,
         tenants: Tenants | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,18 +84,19 @@ class Service:
         self._engine = engine
         self._hub = hub
         self._salt = salt
-        self._reader_limit_s = reader_limit_s
+        self.writers = Writers(reader_limit_s)
         self._tenants = Tenants() if tenants is None else tenants
         self._clock = clock
         self._scoring = Scoring(served, engine)
+        self._encoder = partial(
+            translate.encoder, tokenizer=served.tokenizer, max_messages=max_chat_messages
+        )
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What a grpc.aio server dispatches to."""
         inference = {
             "Generate": _unary(self.generate),
-            "GenerateStream": grpc.unary_stream_rpc_method_handler(
-                self._write_stream, response_serializer=_to_bytes
-            ),
+            "GenerateStream": grpc.unary_stream_rpc_method_handler(let_go(self._write_stream)),
             "Score": _unary(self.score),
             "Tokenize": _unary(self.tokenize),
             "Detokenize": _unary(self.detokenize),
@@ -108,63 +112,44 @@ class Service:
             live = await self._begin(await read(pb.GenerateRequest, data), call)
             output = live.rest.of(await live.mailbox.take_all())
             raise_failure(output, live.mailbox)
-            return pb.GenerateResponse(
+            response = pb.GenerateResponse(
                 started=live.started,
-                output=translate.to_delta(output, live.wanted) or pb.Delta(),
+                output=pb.Delta(),
                 finished=translate.to_finished(output),
                 summary=translate.to_summary(output),
             )
+            translate.fill_delta(response.output, output, live.wanted)
+            return response
 
-    async def generate_stream(
-        self, data: bytes, call: Call
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+    async def generate_stream(self, data: bytes, call: Call) -> AsyncGenerator[bytes, None]:
+        """The events as they go onto the wire."""
         async with Reported(call):
             live = await self._begin(await read(pb.GenerateStreamRequest, data), call)
+            mailbox, rest, wanted = live.mailbox, live.rest, live.wanted
             try:
-                yield pb.GenerateStreamResponse(started=live.started)
+                yield _to_bytes(pb.GenerateStreamResponse(started=live.started))
                 while True:
-                    output = live.rest.of(await live.mailbox.take())
-                    delta = translate.to_delta(output, live.wanted)
-                    if delta is not None:
-                        yield pb.GenerateStreamResponse(delta=delta)
+                    output = rest.of(await mailbox.take())
+                    event = pb.GenerateStreamResponse()
+                    if translate.fill_delta(event.delta, output, wanted):
+                        yield event.SerializeToString()
                     if output.finish_reason is not None:
                         break
-                yield pb.GenerateStreamResponse(finished=translate.to_finished(output))
-                yield pb.GenerateStreamResponse(summary=translate.to_summary(output))
-                raise_failure(output, live.mailbox)
+                finished, summary = translate.to_finished(output), translate.to_summary(output)
+                yield _to_bytes(pb.GenerateStreamResponse(finished=finished))
+                yield _to_bytes(pb.GenerateStreamResponse(summary=summary))
+                raise_failure(output, mailbox)
             finally:
-                self.leave(live.request_id, live.mailbox)
+                self.leave(live.request_id, mailbox)
 
     async def _write_stream(self, data: bytes, call: Any) -> None:
-        await self.write(self.generate_stream(data, call), call)
-
-    async def write(self, events: AsyncGenerator[Any, None], call: Any) -> None:
-        """The events of a stream onto the wire; a client that takes none for too long is left.
-
-        What a client has not read is in its own window and in ours, and both are bounded. Its
-        status waits behind that; its request does not.
-        """
-        limit_s, is_begun = self._reader_limit_s, False
-        async for event in events:
-            try:
-                async with asyncio.timeout(limit_s or None):
-                    if not is_begun:  # or no status could follow while the first message waits
-                        await call.send_initial_metadata(())
-                        is_begun = True
-                    await call.write(event)
-            except TimeoutError:
-                await events.aclose()
-                async with Reported(call):
-                    raise SlowReader(
-                        f"nothing was read for {limit_s:g} s (server.reader_limit_s); resume with "
-                        "the same request_id to go on"
-                    ) from None
+        await self.writers.write(self.generate_stream(data, call), call)
 
     async def score(self, data: bytes, call: Call) -> pb.ScoreResponse:
         async with Reported(call):
             message = await read(pb.ScoreRequest, data)
             translate.check_model(message.model, self._served)
-            encode = translate.encoder(message, self._served.tokenizer)
+            encode = self._encoder(message)
             tokens = list(await asyncio.to_thread(encode))
             lease = self._tenants.begin(CALLER.get(), len(tokens), None)
             try:
@@ -187,7 +172,7 @@ class Service:
                     field="add_special",
                 )
             add_special = message.add_special if message.HasField("add_special") else True
-            encode = translate.encoder(message, self._served.tokenizer, add_special=add_special)
+            encode = self._encoder(message, add_special=add_special)
             return pb.TokenizeResponse(token_ids=await asyncio.to_thread(encode))
 
     async def detokenize(self, data: bytes, call: Call) -> pb.DetokenizeResponse:
@@ -214,6 +199,7 @@ class Service:
         deadline_s = self._deadline_s(call)
         caller = CALLER.get()
         caller.check_priority(asked.priority)
+        self.check_room(asked.request_id, deadline_s)
         prompt = await asyncio.to_thread(asked.encode)
         lease = self._tenants.begin(caller, len(prompt), asked.sampling.max_tokens)
         request = Request(
@@ -233,10 +219,27 @@ class Service:
                 call.add_done_callback(lambda _: lease.end())
                 return again
             mailbox = claimed or self._submit(request)
+        BEGUN.get()(request, asked.is_chat)
         lease.num_output_tokens = lambda: mailbox.num_output_tokens
         call.add_done_callback(lambda _: lease.end())
         call.add_done_callback(lambda _: self.leave(request.request_id, mailbox))
         return request, mailbox
+
+    def check_room(self, request_id: str, deadline_s: float | None) -> None:
+        """Raises what a request is told for which there is no place, before work goes into it.
+
+        One that is live or answered already needs none.
+        """
+        caller = CALLER.get()
+        if self._hub.knows(caller.request_id(request_id)):
+            return
+        self._tenants.check_room(caller)
+        self._hub.line.check_room(deadline_s)
+        try:
+            self._engine.check_room()
+        except QueueFull as error:
+            error.retry_after_s = self._hub.line.retry_after_s
+            raise
 
     def _decoded(self, token_ids: Sequence[int], skip_special: bool) -> str:
         vocab_size = self._served.limits.vocab_size
@@ -253,16 +256,17 @@ class Service:
         self, message: pb.GenerateRequest | pb.GenerateStreamRequest, call: Call
     ) -> Live:
         translate.check_model(message.model, self._served)
+        request_id = translate.request_id_from(message)
+        self.check_room(request_id, self._deadline_s(call))
         asked = Asked(
-            request_id=translate.request_id_from(message),
-            encode=translate.encoder(
-                message, self._served.tokenizer, max_tokens=self._served.limits.max_seq_len
-            ),
+            request_id=request_id,
+            encode=self._encoder(message, max_tokens=self._served.limits.max_seq_len),
             sampling=translate.sampling_from(message, self._served.defaults),
             priority=message.priority,
             use_prefix_cache=translate.uses_prefix_cache(message),
             seen=seen_from(message),
             is_seeded=message.sampling.HasField("seed"),
+            is_chat=message.HasField("chat"),
         )
         wanted = translate.wanted_from(message.output)
         request, mailbox = await self.begin(asked, call)
@@ -328,7 +332,7 @@ async def read(kind: type[translate.M], data: bytes) -> translate.M:
 
 
 def _unary(behaviour: Any) -> grpc.RpcMethodHandler:
-    return grpc.unary_unary_rpc_method_handler(behaviour, response_serializer=_to_bytes)
+    return grpc.unary_unary_rpc_method_handler(let_go(behaviour), response_serializer=_to_bytes)
 
 
 def _to_bytes(message: Any) -> bytes:

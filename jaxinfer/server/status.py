@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from jaxinfer import errors
+from jaxinfer.host.request import Request
 from jaxinfer.server.translate import wire_path
 
 DOMAIN = "jaxinfer"
@@ -43,6 +44,11 @@ TABLE: dict[type[BaseException], tuple[grpc.StatusCode, str]] = {
 
 HEARD: ContextVar[Callable[[str], None]] = ContextVar("heard", default=lambda code: None)
 """Hears the status of the call of this task; an interceptor sets it before the handler runs."""
+
+BEGUN: ContextVar[Callable[[Request, bool], None]] = ContextVar(
+    "begun", default=lambda request, is_chat: None
+)
+"""Hears what the engine was asked by the call of this task, and whether it is a chat."""
 
 log = logging.getLogger("jaxinfer.server")
 
@@ -82,7 +88,26 @@ class Reported:
             code, status = status_of(error)
             HEARD.get()(code.name)
             details = ((DETAILS_KEY, status.SerializeToString()), *_pushback(error))
+            error.__traceback__ = None  # its frames hold the call, and the call holds the abort
             await self._call.abort(code, status.message, details)
+
+
+def let_go(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A handler whose aborted calls are freed at once, not when the collector finds them.
+
+    An aborted call keeps its abort, and that its frames, which keep the call. gRPC counts calls
+    that are not freed as open: over `server.max_streams` of them it refuses new ones by itself,
+    UNAVAILABLE and without a delay. It raises the abort again when the handler is through.
+    """
+
+    async def handle(message: Any, call: Any) -> Any:
+        try:
+            return await behaviour(message, call)
+        except grpc.aio.AbortError as error:
+            error.__traceback__ = error.__context__ = None
+            return None
+
+    return handle
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:

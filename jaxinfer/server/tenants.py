@@ -161,19 +161,26 @@ class Tenants:
             raise _exceeded(caller, "requests_per_s", wait_s)
         bucket.take(1.0)
 
+    def check_room(self, caller: Caller) -> None:
+        """Raises QuotaExceeded where a tenant has no place left, whatever its request asks for.
+
+        A tenant may hold as many places of the engine's line as it leaves free, so one alone gets
+        half, n of them 1 / (n + 1) each, and one more always finds some.
+        """
+        num_held = self.num_live(caller.tenant)
+        if caller.quota.concurrent and num_held >= caller.quota.concurrent:
+            raise _exceeded(caller, "concurrent", BUSY_RETRY_S)
+        num_free = self._line - sum(map(len, self._leases.values()))
+        if self._line and caller.tenant and num_held >= num_free:
+            raise _exceeded(caller, "share of the line", BUSY_RETRY_S, bound=num_held)
+
     def begin(self, caller: Caller, num_prompt_tokens: int, max_tokens: int | None) -> Lease:
         """Takes a request's tokens and its place; QuotaExceeded where there is none.
 
         An answer without max_tokens is paid for when it is there: the tenant may owe for a while.
-        A tenant may hold as many places of the engine's line as it leaves free, so one alone gets
-        half, n of them 1 / (n + 1) each, and one more always finds some.
         """
+        self.check_room(caller)
         leases = self._leases.setdefault(caller.tenant, set())
-        if caller.quota.concurrent and len(leases) >= caller.quota.concurrent:
-            raise _exceeded(caller, "concurrent", BUSY_RETRY_S)
-        num_free = self._line - sum(map(len, self._leases.values()))
-        if self._line and caller.tenant and len(leases) >= num_free:
-            raise _exceeded(caller, "share of the line", BUSY_RETRY_S, bound=len(leases))
         cost = num_prompt_tokens + (max_tokens or 0)
         bucket = self._bucket(caller)
         if bucket is not None:

@@ -7,12 +7,13 @@ import re
 import secrets
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxinfer import settings
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, Unauthenticated
 from jaxinfer.server.tenants import Caller, Quota
 from jaxinfer.server.watched import Watched, check_private
 
@@ -31,6 +32,8 @@ class Token:
     scopes: tuple[str, ...]
     salt: str
     hash: str
+    expires: str = ""
+    """The moment from which it is refused, as 2027-01-31T12:00:00+00:00; empty: never."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.tenant):
@@ -44,6 +47,22 @@ class Token:
         for key, num_bytes in (("salt", 16), ("hash", 32)):
             if not re.fullmatch(f"[0-9a-f]{{{2 * num_bytes}}}", getattr(self, key)):
                 raise ConfigError(f"{key} must be {2 * num_bytes} hexadecimal digits")
+        self.ends_at()
+
+    def ends_at(self) -> datetime | None:
+        """When it expires."""
+        if not self.expires:
+            return None
+        try:
+            found = datetime.fromisoformat(self.expires)
+        except ValueError:
+            found = None
+        if found is None or found.tzinfo is None:
+            raise ConfigError(
+                f"expires is {self.expires!r}; it must be a moment with its time zone, as "
+                "2027-01-31T12:00:00+00:00"
+            )
+        return found
 
 
 class TokenFile(NamedTuple):
@@ -52,8 +71,8 @@ class TokenFile(NamedTuple):
     tokens: dict[str, Token]
     quotas: dict[str, Quota]
 
-    def find(self, token: str) -> Caller | None:
-        """Who a token stands for; None where nobody has it.
+    def find(self, token: str, *, now: datetime | None = None) -> Caller | None:
+        """Who a token stands for; None where nobody has it, Unauthenticated where it has expired.
 
         Tokens are 256 random bits, so a fast hash is enough: there is no dictionary to try, and a
         slow one would let strangers keep the server busy. Every entry is hashed and compared in
@@ -65,6 +84,9 @@ class TokenFile(NamedTuple):
             found = entry if is_same else found
         if found is None:
             return None
+        ends_at = found.ends_at()
+        if ends_at is not None and (now or datetime.now(UTC)) >= ends_at:
+            raise Unauthenticated(f"the token expired on {found.expires}; ask for a new one")
         quota = self.quotas.get(found.tenant, Quota())
         return Caller(found.tenant, frozenset(found.scopes), quota)
 
@@ -102,7 +124,8 @@ def read(path: Path) -> TokenFile:
 
 
 def _token(values: settings.Settings) -> Token:
-    missing = sorted({entry.name for entry in fields(Token)} - {key for (key,) in values})
+    wanted = {entry.name for entry in fields(Token) if entry.default is MISSING}
+    missing = sorted(wanted - {key for (key,) in values})
     if missing:
         raise ConfigError(f"{', '.join(missing)} is missing")
     return settings.apply(Token("nobody", (), "0" * 32, "0" * 64), values)
@@ -120,10 +143,23 @@ def new_token() -> str:
     return PREFIX + secrets.token_urlsafe(32)
 
 
-def entry_of(token: str, *, tenant: str, scopes: Sequence[str]) -> Token:
+def entry_of(token: str, *, tenant: str, scopes: Sequence[str], expires: str = "") -> Token:
     """The file's entry of a token, with a salt of its own."""
     salt = secrets.token_hex(16)
-    return Token(tenant, tuple(scopes), salt, digest(token, salt))
+    return Token(tenant, tuple(scopes), salt, digest(token, salt), expires)
+
+
+def expiry(lifetime: str, *, now: datetime | None = None) -> str:
+    """The moment that is `90d`, `12h` or `30m` from now."""
+    found = re.fullmatch(r"(\d{1,5})([dhm])", lifetime)
+    if found is None or not int(found[1]):
+        raise ConfigError(
+            f"--expires is {lifetime!r}; it must be a number of days, hours or minutes: 90d, 12h, "
+            "30m"
+        )
+    unit = {"d": "days", "h": "hours", "m": "minutes"}[found[2]]
+    moment = (now or datetime.now(UTC)) + timedelta(**{unit: int(found[1])})
+    return moment.isoformat(timespec="seconds")
 
 
 def append(path: Path, token_id: str, token: Token) -> None:
@@ -166,6 +202,7 @@ def _section(token_id: str, token: Token) -> str:
     body = "".join(
         f"{entry.name} = {settings.format_value(getattr(token, entry.name))}\n"
         for entry in fields(token)
+        if getattr(token, entry.name) != entry.default
     )
     return f"\n[tokens.{token_id}]\n{body}"
 

@@ -43,6 +43,8 @@ class Wanted:
 
 def parse(kind: type[M], data: bytes) -> M:
     """Reads a message; InvalidRequest where it can't be read or has a field that we don't know."""
+    if len(data) > bounds.LARGE_BYTES:
+        bounds.check_parts(kind.DESCRIPTOR, data)
     message = kind()
     try:
         message.ParseFromString(data)
@@ -84,6 +86,7 @@ def encoder(
     *,
     add_special: bool = True,
     max_tokens: int | None = None,
+    max_messages: int = bounds.MAX_CHAT_MESSAGES,
 ) -> Callable[[], list[int]]:
     """What turns a prompt into token ids; it may take long, so the caller chooses the thread.
 
@@ -101,7 +104,7 @@ def encoder(
             return lambda: ids
         case "chat":
             chat = message.chat
-            return lambda: tokenizer.encode_chat(**_chat_arguments(chat, max_tokens))
+            return lambda: tokenizer.encode_chat(**_chat_arguments(chat, max_tokens, max_messages))
         case _:
             raise InvalidRequest(
                 "the request has no prompt; give text, token_ids or chat", field="prompt"
@@ -168,17 +171,21 @@ def to_parameters(
     )
 
 
-def to_delta(output: Output, wanted: Wanted) -> pb.Delta | None:
-    """What the caller wants of an output; None where that is nothing."""
-    if not (output.text and wanted.text) and not (
-        output.token_ids and (wanted.token_ids or wanted.logprobs)
-    ):
-        return None
-    return pb.Delta(
-        text=output.text if wanted.text else None,
-        token_ids=output.token_ids if wanted.token_ids else (),
-        logprobs=output.logprobs if wanted.logprobs else (),
-    )
+def fill_delta(delta: pb.Delta, output: Output, wanted: Wanted) -> bool:
+    """Puts into a message what the caller wants of an output; False where that is nothing.
+
+    In place, as a message that is made for another one is copied into it.
+    """
+    has_ids = bool(output.token_ids) and (wanted.token_ids or wanted.logprobs)
+    if not (has_ids or (output.text and wanted.text)):
+        return False
+    if wanted.text:
+        delta.text = output.text
+    if wanted.token_ids:
+        delta.token_ids.extend(output.token_ids)
+    if wanted.logprobs:
+        delta.logprobs.extend(output.logprobs)
+    return True
 
 
 def to_finished(output: Output) -> pb.Finished:
@@ -233,13 +240,13 @@ def to_model(served: ServedModel) -> model_pb2.Model:
     )
 
 
-def _chat_arguments(chat: pb.Chat, max_tokens: int | None) -> dict[str, Any]:
+def _chat_arguments(chat: pb.Chat, max_tokens: int | None, max_messages: int) -> dict[str, Any]:
     if not chat.messages:
         raise InvalidRequest("the conversation is empty; give a message", field="chat.messages")
-    if len(chat.messages) > bounds.MAX_CHAT_MESSAGES:
+    if len(chat.messages) > max_messages:
         raise InvalidRequest(
-            f"the conversation has {len(chat.messages)} messages; at most "
-            f"{bounds.MAX_CHAT_MESSAGES} are taken",
+            f"the conversation has {len(chat.messages)} messages; at most {max_messages} are "
+            "taken (server.max_chat_messages)",
             field="chat.messages",
         )
     messages = [

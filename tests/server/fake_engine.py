@@ -128,7 +128,8 @@ class FakeEngine:
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.num_deliveries = 0
-        self.steps_after_cancel: dict[str, int] = {}  # between a cancel and the end
+        self.steps_after_cancel: dict[str, int] = {}  # that began after a cancel, up to its end
+        self._num_begun = 0
         self._cancelled_at: dict[str, int] = {}
         self.fail_with = ""
         self.submit_error: Exception | None = None
@@ -177,6 +178,12 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(8, len(self._live), *[0] * 11, 0.0, 0.0, 0.0)
 
+    def forget(self) -> None:
+        """What was noted for tests, so that long runs keep no memory."""
+        self.submitted.clear()
+        self.cancelled.clear()
+        self.steps_after_cancel.clear()
+
     def crash(self, error: Exception) -> None:
         """The thread ends as a failing engine's does."""
         with self._lock:
@@ -195,21 +202,24 @@ class FakeEngine:
         with self._lock:
             if self.submit_error is not None:
                 raise self.submit_error
-            if self._draining:
-                raise Draining("the engine takes no new requests")
             check_request(request, LIMITS)
-            if len(self._live) >= self.max_live:
-                raise QueueFull(f"{self.max_live} requests are waiting")
+            self.check_room()
             self.submitted.append(request)
             self._live[request.request_id] = Sequence_(request, time.monotonic())
             self._lock.notify_all()
+
+    def check_room(self) -> None:
+        if self._draining:
+            raise Draining("the engine takes no new requests")
+        if len(self._live) >= self.max_live:
+            raise QueueFull(f"{self.max_live} requests are waiting")
 
     def cancel(self, request_id: str) -> None:
         with self._lock:
             self.cancelled.append(request_id)
             if request_id in self._live:
                 self._live[request_id].is_cancelled = True
-                self._cancelled_at[request_id] = self.num_deliveries
+                self._cancelled_at[request_id] = self._num_begun
             self._lock.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
@@ -239,6 +249,7 @@ class FakeEngine:
             time.sleep(self.step_s)
             self.gate.wait()
             with self._lock:
+                self._num_begun += 1
                 advanced = [self._advance(sequence) for sequence in list(self._live.values())]
                 outputs = [output for output in advanced if output is not None]
                 for output in outputs:
@@ -246,8 +257,7 @@ class FakeEngine:
                         del self._live[output.request_id]
                         began = self._cancelled_at.pop(output.request_id, None)
                         if began is not None:
-                            took = self.num_deliveries + 1 - began
-                            self.steps_after_cancel[output.request_id] = took
+                            self.steps_after_cancel[output.request_id] = self._num_begun - began
                 self._lock.notify_all()
             self._num_steps += 1
             self.num_deliveries += 1

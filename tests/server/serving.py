@@ -22,6 +22,9 @@ from jaxinfer.text.assets import TextAssets
 from jaxinfer.v1 import inference_pb2_grpc
 from tests.server.fake_engine import FakeEngine, served
 
+OWN = (("grpc.use_local_subchannel_pool", 1),)
+"""Of a channel: a connection that no other channel of this process shares."""
+
 
 class Running(NamedTuple):
     target: str

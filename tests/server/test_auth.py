@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import socket
+from datetime import datetime, timedelta
 
 import grpc
 import pytest
@@ -364,3 +365,29 @@ def test_the_admin_port_asks_for_a_token_with_its_scope(file, made, free_port):
         grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.OK,
     ]
+
+
+def test_an_expired_token_is_refused_and_told_so(tmp_path):
+    path, token = tmp_path / "tokens.toml", tokens.new_token()
+    ends = "2027-01-01T00:00:00+00:00"
+    entry = tokens.entry_of(token, tenant="a", scopes=("generate",), expires=ends)
+    tokens.append(path, "one", entry)
+    now = [datetime.fromisoformat(ends) - timedelta(seconds=1)]
+    gate = auth.Gate(tokens.watch(path).now, Tenants(), now=lambda: now[0])
+
+    async def main():
+        server = every_method([gate])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        method = "/jaxinfer.v1.InferenceService/Generate"
+        shown = (("authorization", f"Bearer {token}"),)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as wire:
+            before = await ask(wire, method, shown)
+            now[0] += timedelta(seconds=1)
+            after = await ask(wire, method, shown)
+        await server.stop(None)
+        return before, after
+
+    (before, _), (after, says) = asyncio.run(main())
+    assert before is grpc.StatusCode.OK and after is grpc.StatusCode.UNAUTHENTICATED
+    assert f"expired on {ends}" in says and token not in says

@@ -370,6 +370,8 @@ def test_the_door_refuses_settings_that_it_can_not_serve(tmp_path, monkeypatch):
     openai_door.check(ServerConfig(), SecurityConfig(tokens="t.toml"))
     with pytest.raises(ConfigError, match=r"security\.tokens"):
         openai_door.check(server, SecurityConfig(tokens="t.toml"))
+    with pytest.raises(ConfigError, match=r"security\.tls_cert.*without TLS and tokens"):
+        openai_door.check(server, SecurityConfig(tls_cert="a.pem", tls_key="a.key"))
     key = tmp_path / "key"
     key.write_text("short")
     key.chmod(0o600)

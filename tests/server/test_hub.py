@@ -7,7 +7,7 @@ import pytest
 
 from jaxinfer.errors import DuplicateRequest, InvalidRequest
 from jaxinfer.host.request import FinishReason, Output, Request, SamplingParams
-from jaxinfer.server.hub import Hub
+from jaxinfer.server.hub import MAX_NEWS, Hub
 
 
 def output(request_id: str, text: str, reason: FinishReason | None = None) -> Output:
@@ -115,6 +115,39 @@ def test_what_expires_is_ended_only_where_it_is_live():
         assert hub.expire() == ["b"] and hub.live == ["b", "c"]
         assert hub.claim(requests[0]) is hub.claim(requests[1]) is None
         hub.open("a")  # its name is free again
+
+    asyncio.run(body())
+
+
+def test_a_reader_of_the_whole_wakes_up_once_and_has_all_of_it():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        reader = asyncio.ensure_future(mailbox.take_all())
+        for text in "x" * (2 * MAX_NEWS + 3):
+            mailbox.put(output("a", text))
+            await asyncio.sleep(0)
+        assert not reader.done() and len(mailbox._news) < 2 * MAX_NEWS
+        mailbox.put(output("a", "y", FinishReason.LENGTH))
+        whole = await reader
+        assert whole.text == "x" * (2 * MAX_NEWS + 3) + "y"
+        assert whole.token_ids == tuple(whole.text.encode())
+        assert len(whole.logprobs) == len(whole.token_ids)
+
+    asyncio.run(body())
+
+
+def test_a_reader_that_was_cancelled_leaves_the_news_for_the_next_one():
+    async def body():
+        hub = Hub(asyncio.get_running_loop())
+        mailbox = hub.open("a")
+        reader = asyncio.ensure_future(mailbox.take())
+        await asyncio.sleep(0)
+        reader.cancel()
+        mailbox.put(output("a", "x"))
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert (await mailbox.take()).text == "x"
 
     asyncio.run(body())
 

@@ -1,12 +1,12 @@
 """More than the engine can do: it stays at its best, the rest is told at once, and it recovers."""
 
 import asyncio
-import time
-from collections import Counter
-from typing import NamedTuple
+import gc
+import json
+import subprocess
+import sys
 
 import grpc
-import psutil
 import pytest
 from google.rpc import error_details_pb2
 
@@ -14,13 +14,15 @@ from jaxinfer.errors import DeadlinePassed, NeverFits, QueueFull
 from jaxinfer.host.request import Request, SamplingParams
 from jaxinfer.server.line import Line
 from jaxinfer.v1 import inference_pb2 as pb
-from tests.server.fake_engine import FakeEngine
-from tests.server.serving import detail, with_stub
+from tests.server.apart import ROOT, SLOTS, Slots, apart
+from tests.server.fake_engine import FakeEngine, FakeTokenizer
+from tests.server.flood import Load, offered
+from tests.server.serving import detail, refused, until, with_stub
 
-TOKENS = 8
-SLOTS = 8
 STEP_S = 0.01
-PEAK_PER_S = SLOTS / (TOKENS * STEP_S)  # 100 requests a second, if the machine keeps up
+PEAK_PER_S = SLOTS / (8 * STEP_S)  # 100 requests a second of 8 tokens, if the machine keeps up
+FACTORS = {"1x": 1.0, "2x": 2.0, "5x": 5.0, "10x": 10.0, "0.5x after": 0.5}
+RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def request(name: str, size: int = 10, deadline_s: float | None = None) -> Request:
@@ -80,86 +82,108 @@ def test_waiting_tokens_are_bounded():
     line.check(request("c", 10))
 
 
-class Load(NamedTuple):
-    """What an open-loop load got."""
-
-    good_per_s: float
-    codes: Counter
-    slowest_refusal_s: float
+async def under(stub, seconds: float) -> dict[str, Load]:
+    rates = {name: factor * PEAK_PER_S for name, factor in FACTORS.items()}
+    return {name: await offered(stub, rate, seconds) for name, rate in rates.items()}
 
 
-async def offered(stub, per_s: float, seconds: float) -> Load:
-    """Requests at a fixed rate, whatever becomes of them."""
-    codes: Counter = Counter()
-    refusals: list[float] = []
-
-    async def one() -> None:
-        began_s = time.perf_counter()
-        try:
-            await stub.Generate(pb.GenerateRequest(text="a", stopping={"max_tokens": TOKENS}))
-            codes["OK"] += 1
-        except grpc.aio.AioRpcError as error:
-            codes[error.code().name] += 1
-            refusals.append(time.perf_counter() - began_s)
-            assert detail(error, error_details_pb2.RetryInfo).HasField("retry_delay")
-
-    tasks, start_s = [], time.perf_counter()
-    for number in range(int(per_s * seconds)):
-        await asyncio.sleep(max(0.0, start_s + number / per_s - time.perf_counter()))
-        tasks.append(asyncio.ensure_future(one()))
-    await asyncio.gather(*tasks)
-    took_s = time.perf_counter() - start_s
-    refusals.sort()
-    p99_s = refusals[int(len(refusals) * 0.99)] if refusals else 0.0
-    return Load(codes["OK"] / took_s, codes, p99_s)
-
-
-class Slots(FakeEngine):
-    """A fake engine with so many slots; the others wait, and the line is bounded."""
-
-    def _advance(self, sequence):
-        first = list(self._live.values())[:SLOTS]
-        if sequence in first or sequence.is_cancelled:
-            return super()._advance(sequence)
-        return None
-
-
-async def under(stub, server, seconds: float) -> list[tuple[str, Load]]:
-    found = [("1x", await offered(stub, PEAK_PER_S, seconds))]
-    for factor in (2, 5, 10):
-        found.append((f"{factor}x", await offered(stub, PEAK_PER_S * factor, seconds)))
-    found.append(("0.5x after", await offered(stub, PEAK_PER_S / 2, seconds)))
-    for name, load in found:
-        print(f"{name}: {load.good_per_s:.0f}/s, {dict(load.codes)}, {load.slowest_refusal_s:.3f}")
-    return found
-
-
-def check(found: list[tuple[str, Load]]) -> None:
-    for _, load in found:
-        assert set(load.codes) <= {"OK", "RESOURCE_EXHAUSTED"}
-    loads = dict(found)
+def check(loads: dict[str, Load]) -> None:
+    for load in loads.values():
+        assert set(load.codes) <= {"OK", "RESOURCE_EXHAUSTED"} and not load.num_without_delay
     assert loads["10x"].codes["RESOURCE_EXHAUSTED"] > loads["10x"].codes["OK"] > 0
     assert set(loads["0.5x after"].codes) == {"OK"}, "it is not normal again"
 
 
 def test_overload_is_refused_with_a_delay_and_leaves_nothing_behind():
     async def body(stub, server):
-        check(await under(stub, server, 0.6))
+        check(await under(stub, 0.6))
         assert server.server._hub.live == []
 
     with_stub(body, kind=Slots, step_s=STEP_S, max_live=2 * SLOTS)
 
 
+def test_a_request_without_a_place_is_refused_before_it_is_tokenised(monkeypatch):
+    async def body(stub, server):
+        encoded = []
+
+        def encode(self, text, **options):
+            encoded.append(text)
+            return [1]
+
+        monkeypatch.setattr(FakeTokenizer, "encode", encode)
+        first = asyncio.ensure_future(stub.Generate(asked("first")))
+        await until(lambda: len(server.engine.submitted) == 1)
+        error = await refused(stub.Generate(asked("second")), RESOURCE_EXHAUSTED)
+        assert detail(error, error_details_pb2.RetryInfo).HasField("retry_delay")
+        error = await refused(stub.Generate(asked("first")), grpc.StatusCode.ALREADY_EXISTS)
+        server.engine.gate.set()
+        answer = await first
+        server.engine.max_live = 0
+        assert (await stub.Generate(asked("first"))).output == answer.output  # needs no place
+        assert encoded == ["first"] * 3
+
+    def asked(name: str) -> pb.GenerateRequest:
+        return pb.GenerateRequest(request_id=name, text=name, sampling={"seed": 1})
+
+    class Shut(FakeEngine):
+        def start(self, *args):
+            self.gate.clear()
+            super().start(*args)
+
+    with_stub(body, kind=Shut, max_live=1)
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_a_refused_call_is_freed_without_the_collector(method):
+    """gRPC counts what is not freed as open, and refuses by itself where that is too much."""
+
+    def held() -> int:
+        return sum(type(one).__name__ == "_ServicerContext" for one in gc.get_objects())
+
+    async def body(stub, server):
+        message = getattr(pb, f"{method}Request")(text="a")
+        for _ in range(20):
+            call = getattr(stub, method)(message)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (call if method == "Generate" else call.read())
+            assert caught.value.code() is RESOURCE_EXHAUSTED
+        await until(lambda: held() <= before)
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        with_stub(body, max_live=0)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.full
 def test_overload_at_length_keeps_its_goodput_and_its_memory():
-    async def body(stub, server):
-        before = psutil.Process().memory_info().rss
-        found = await under(stub, server, 6.0)
-        check(found)
-        peak = max(load.good_per_s for name, load in found if name != "0.5x after")
-        grown = (psutil.Process().memory_info().rss - before) / 2**20
-        shares = {name: round(load.good_per_s / peak, 2) for name, load in found}
-        print(f"of the peak: {shares}; {grown:+.1f} MiB")
-        assert grown < 32
-
-    with_stub(body, kind=Slots, step_s=STEP_S, max_live=2 * SLOTS)
+    """Server and load each have a process; the bound of a refusal is one for busy machines."""
+    rates = ",".join(str(factor * PEAK_PER_S) for factor in FACTORS.values())
+    with apart(step_s=STEP_S, max_live=2 * SLOTS) as server:
+        before_mb = server.rss_mb
+        told = subprocess.run(
+            [sys.executable, "-m", "tests.server.flood", server.target, "1", rates, "6", "8"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        grown_mb = server.rss_mb - before_mb
+    lines = told.stdout.splitlines()
+    loads = {name: Load(**json.loads(line)) for name, line in zip(FACTORS, lines, strict=True)}
+    check(loads)
+    peak = max(load.good_per_s for load in loads.values())
+    for name, load in loads.items():
+        print(
+            f"{name}: {load.good_per_s:.0f}/s ({load.good_per_s / peak:.0%}), {load.codes}, "
+            f"refused in {load.refusal_p50_s * 1e3:.1f} ms, p99 {load.refusal_p99_s * 1e3:.0f} ms, "
+            f"answers p99 {load.answer_p99_s * 1e3:.0f} ms, late {load.lag_p99_s * 1e3:.0f} ms"
+        )
+    print(f"{grown_mb:+.1f} MiB")
+    for name in ("2x", "5x", "10x"):
+        assert loads[name].good_per_s >= 0.9 * peak, f"{name}: {loads[name]}"
+        assert loads[name].refusal_p99_s <= 1.0
+    assert grown_mb < 32

@@ -2,23 +2,19 @@
 
 import asyncio
 import statistics
-import sys
 import time
-from asyncio.subprocess import PIPE
-from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 from google.rpc import error_details_pb2
 
 from jaxinfer.edge_config import ServerConfig
 from jaxinfer.v1 import inference_pb2 as pb
 from jaxinfer.v1 import inference_pb2_grpc
+from tests.server.apart import Apart, apart
 from tests.server.fake_engine import expected_text
 from tests.server.serving import detail, until, with_stub
 
-ROOT = Path(__file__).parents[2]
 # The smallest windows that a client can ask for, so that little text fills them.
 NARROW = (("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0))
 MESSAGE = pb.GenerateStreamRequest(text="a", sampling={"seed": 0}, stopping={"max_tokens": 480})
@@ -77,41 +73,24 @@ def test_zero_waits_for_ever():
     with_stub(body, config=ServerConfig(port=0, reader_limit_s=0.0), step_s=0.002)
 
 
-SERVE = """
-import asyncio, sys
-from jaxinfer.edge_config import ServerConfig
-from tests.server.serving import running
-
-async def main():
-    config = ServerConfig(port=0, reader_limit_s=float(sys.argv[1]))
-    async with running(config=config, step_s=0.01) as server:
-        print(server.target, flush=True)
-        await asyncio.to_thread(sys.stdin.read)
-
-asyncio.run(main())
-"""
-
-
 @pytest.mark.full
 def test_a_hundred_that_never_read_beside_twenty_that_do():
     def p99_s(gaps: list[list[float]]) -> float:
         return statistics.quantiles([gap for one in gaps for gap in one], n=100)[98]
 
-    async def body() -> None:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVE, str(LIMIT_S), stdin=PIPE, stdout=PIPE, cwd=ROOT
-        )
-        assert process.stdin is not None and process.stdout is not None
-        target = (await process.stdout.readline()).decode().strip()
-        alone = await asyncio.gather(*(normal(target) for _ in range(20)))
-        before = psutil.Process(process.pid).memory_info().rss
-        ends = [asyncio.ensure_future(stalled(target)) for _ in range(100)]
-        beside = await asyncio.gather(*(normal(target) for _ in range(20)))
-        grown = (psutil.Process(process.pid).memory_info().rss - before) / 2**20
+    async def body(server: Apart) -> None:
+        await asyncio.gather(*(normal(server.target) for _ in range(20)))
+        alone = await asyncio.gather(*(normal(server.target) for _ in range(20)))
+        before_mb = server.rss_mb
+        ends = [asyncio.ensure_future(stalled(server.target)) for _ in range(100)]
+        beside = await asyncio.gather(*(normal(server.target) for _ in range(20)))
+        grown_mb = server.rss_mb - before_mb
         codes = {error and error.code() for error in await asyncio.gather(*ends)}
-        print(f"100 stalled: {grown:+.1f} MiB, p99 x {p99_s(beside) / p99_s(alone):.2f}, {codes}")
-        process.stdin.close()
-        assert await process.wait() == 0
-        assert codes == {grpc.StatusCode.ABORTED} and grown <= 64
+        ratio = p99_s(beside) / p99_s(alone)
+        print(
+            f"100 stalled: {grown_mb:+.1f} MiB, p99 {p99_s(beside):.4f} s, x {ratio:.2f}, {codes}"
+        )
+        assert codes == {grpc.StatusCode.ABORTED} and grown_mb <= 64 and ratio < 10
 
-    asyncio.run(body())
+    with apart(step_s=0.01, reader_limit_s=LIMIT_S) as server:
+        asyncio.run(body(server))

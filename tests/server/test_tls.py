@@ -1,23 +1,28 @@
 """TLS and mTLS with real certificates, their renewal, and addresses that ask for them."""
 
 import asyncio
+import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 import trustme
 
+from jaxinfer.bench.load import events
+from jaxinfer.cli import run
 from jaxinfer.cli.options import Common
 from jaxinfer.cli.serve import serve
 from jaxinfer.client import AsyncClient, Client
 from jaxinfer.edge_config import SecurityConfig, ServerConfig
 from jaxinfer.errors import ConfigError, JaxinferError, Unauthenticated, Unreachable
 from jaxinfer.server import exposure, tls, tokens
+from jaxinfer.v1 import admin_pb2
 from tests.server.fake_engine import expected_text
-from tests.server.serving import running, running_in_thread, until
+from tests.server.serving import free_port, running, running_in_thread, until
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +316,25 @@ def test_a_folder_of_files_that_is_swapped_at_once_is_read_again(security, autho
     assert tls.read(mounted) != before
     shutil.rmtree(first)
     assert tls.read(mounted).cert == (second / "server.pem").read_bytes()
+
+
+def test_commands_show_who_asks_by_the_environment(security, ca, tmp_path, monkeypatch, capsys):
+    path, token = tmp_path / "tokens.toml", tokens.new_token()
+    scopes = ("generate", "read", "admin")
+    tokens.append(path, "all", tokens.entry_of(token, tenant="a", scopes=scopes))
+    config = ServerConfig(port=0, admin_port=free_port())
+    told = [admin_pb2.Happening(kind="decode", seconds=0.5, text="5 steps")]
+    safe = replace(security, tokens=str(path))
+    with running_in_thread(config=config, security=safe, explain=lambda _: told) as server:
+        bench = ["bench", "serve", "--target", server.target.replace("127.0.0.1", "localhost")]
+        bench += ["--requests", "2", "--concurrency", "1", "--warmup", "0", "--json"]
+        bench += ["--prompt", "4", "--output", "4"]
+        explain = ["explain", "a/r", "--address", f"127.0.0.1:{config.admin_port}"]
+        assert run([*bench, "--tls-ca", ca]) != 0 and run(explain) != 0
+        assert capsys.readouterr().err.count("token") >= 2
+        monkeypatch.setenv("JAXINFER_TOKEN", token)
+        monkeypatch.setenv("JAXINFER_TLS_CA", ca)
+        assert run(explain) == 0 and "5 steps" in capsys.readouterr().out
+        assert run(bench) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert [one["status"] for one in found["requests"]] == [events.OK] * 2, found

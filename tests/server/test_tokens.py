@@ -1,14 +1,18 @@
 """The file of tokens, and the command that writes it."""
 
+import json
 import os
 import stat
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from jaxinfer.cli import run
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, Unauthenticated
 from jaxinfer.server import tokens
 from jaxinfer.server.watched import Watched
+
+WHOLE = f"[tokens.a]\ntenant = 't'\nscopes = []\nsalt = '{'0' * 32}'\nhash = '{'0' * 64}'\n"
 
 
 @pytest.fixture
@@ -43,6 +47,8 @@ def test_a_file_that_others_can_touch_is_refused(file, mode):
         ("[tokens.a]\ntenan = 't'\n", "tokens.a"),
         ("[tenants.a]\nrequest_per_s = 1.0\n", "did you mean requests_per_s"),
         ("[tenants.a]\nconcurrent = -1\n", "concurrent is -1"),
+        (WHOLE + "expires = 'tomorrow'\n", "tokens.a.*expires is 'tomorrow'"),
+        (WHOLE + "expires = '2027-01-31T12:00:00'\n", "with its time zone"),
         ("tokens = 3\n", r"unknown key tokens"),
         ("[tokens", "not valid TOML"),
     ],
@@ -86,9 +92,37 @@ def test_the_command_makes_lists_and_revokes(tmp_path, capsys):
         (["new", "--tenant", "a/b"], "tenant is 'a/b'"),
         (["new", "--tenant", "a", "--scopes", "all"], "the scopes are generate"),
         (["new", "--tenant", "a", "--scopes", ""], "--scopes is empty"),
+        (["new", "--tenant", "a", "--expires", "soon"], "90d, 12h, 30m"),
         (["revoke", "nobody"], "no token with the id 'nobody'"),
     ],
 )
 def test_the_command_says_what_is_wrong(file, arguments, says, capsys):
     assert run(["token", *arguments, "-f", str(file)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_token_with_an_expiry_is_refused_from_then_on(tmp_path, capsys):
+    file, now = tmp_path / "tokens.toml", datetime.now(UTC)
+    assert run(["token", "new", "--tenant", "a", "--expires", "90d", "-f", str(file)]) == 0
+    token = capsys.readouterr().out.strip()
+    found = tokens.read(file)
+    caller = found.find(token, now=now + timedelta(days=89))
+    assert caller is not None and caller.tenant == "a"
+    with pytest.raises(Unauthenticated, match="the token expired on 20.*ask for a new one"):
+        found.find(token, now=now + timedelta(days=90, minutes=1))
+    assert found.find("jxi_other", now=now + timedelta(days=100)) is None
+    assert run(["token", "list", "-f", str(file)]) == 0
+    assert "until 20" in capsys.readouterr().out
+    assert run(["token", "list", "-f", str(file), "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["tokens"]
+    assert datetime.fromisoformat(entry["expires"]) - now > timedelta(days=89)
+
+
+def test_lifetimes_are_days_hours_and_minutes():
+    now = datetime(2027, 1, 1, tzinfo=UTC)
+    assert tokens.expiry("90d", now=now) == "2027-04-01T00:00:00+00:00"
+    assert tokens.expiry("12h", now=now) == "2027-01-01T12:00:00+00:00"
+    assert tokens.expiry("30m", now=now) == "2027-01-01T00:30:00+00:00"
+    for wrong in ("0d", "90", "d", "-1d", "1.5h", "123456d"):
+        with pytest.raises(ConfigError, match="--expires"):
+            tokens.expiry(wrong)
