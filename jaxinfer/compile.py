@@ -215,7 +215,7 @@ def use_compilation_cache(folder: Path) -> None:
 
 def _every_recipe(model: ModelConfig, engine: EngineConfig) -> list[_Recipe]:
     """All that an engine on the first device builds, without weights."""
-    arguments = abstract(models.module_of(model).spec(model), engine.compute_dtype)
+    arguments = abstract(models.spec_of(model), engine.compute_dtype)
     devices = jax.devices()[:1]
     recipes = [_step_recipe(shape, arguments, model, engine, devices) for shape in shapes(engine)]
     recipes.append(_allocate_recipe(model, engine, devices))

@@ -14,6 +14,7 @@ from jaxinfer.edge_config import JournalConfig, SecurityConfig, ServerConfig, Sn
 from jaxinfer.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
+Scheme = Literal["none", "w8a8", "w8a16"]
 PREFIX = "JAXINFER_"
 ACCESS = ("token", "tls_ca", "tls_cert", "tls_key")
 NOT_SETTINGS = {  # variables that set no key of Config
@@ -57,6 +58,7 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: bool = False
     layer_windows: tuple[int, ...] = ()  # one a layer, 0 = no window; () = no layer has one
+    quant: Scheme = "none"  # how the matrices are kept: see jaxinfer.quant
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -107,7 +109,10 @@ class EngineConfig:
     max_waiting: int = 256
     """Requests that may wait; one more is refused."""
     compute_dtype: Dtype = "bfloat16"
-    attention: Literal["reference"] = "reference"
+    attention: Literal["auto", "reference", "pallas_tpu", "pallas_gpu"] = "reference"
+    """The kernel that attends: docs/kernels.md says which are proven where. auto: the platform's
+    best that can serve the model. One that is named and can't is refused when an engine is built.
+    """
     attention_block: int = 128
     """Tokens that attention reduces at a time: a multiple of the page size."""
     overlap: bool = True
@@ -163,6 +168,27 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class QuantConfig:
+    """How weights are rounded when they are loaded, and how far from the others they may be.
+
+    A checkpoint of `jaxinfer quantize` stays as it is; its quality report is held to the bounds.
+    """
+
+    scheme: Scheme = "none"
+    """none: as the checkpoint has them. w8a8: int8 weights, a scale for each output, and int8
+    activations, a scale for each token. w8a16: the same weights, and activations of two int8."""
+    gate: Literal["off", "budget", "report"] = "budget"
+    """budget: a report that misses a bound is refused. report: so is a model quantised without a
+    report. off: neither."""
+    max_kl: float = 0.01
+    """Mean divergence from the reference a token, in nats."""
+    min_top1: float = 0.97
+    """Share of tokens for which both find the same one likeliest."""
+    max_perplexity_ratio: float = 1.02
+    """Perplexity against the reference's."""
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices, and which logical axis of an array lies along which mesh axis."""
 
@@ -184,6 +210,7 @@ class Config:
     journal: JournalConfig = field(default_factory=JournalConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
 
 
 def load(*sources: str | Path, environ: Mapping[str, str] | None = None) -> Config:
@@ -280,6 +307,13 @@ def access(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     variables = os.environ if environ is None else environ
     found = {name: variables.get(f"{PREFIX}{name.upper()}", "") for name in ACCESS}
     return {name: value for name, value in found.items() if value}
+
+
+def otlp_protocol(environ: Mapping[str, str] | None = None) -> str:
+    """How spans are sent; OpenTelemetry's libraries read their other variables themselves."""
+    variables = os.environ if environ is None else environ
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    return next((variables[name] for name in names if variables.get(name)), "grpc")
 
 
 def is_debug(environ: Mapping[str, str] | None = None) -> bool:

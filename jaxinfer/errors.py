@@ -20,7 +20,8 @@
     │   └── Unreachable       no server answers there, or it went away
     ├── ConfigError           a settings file, variable or flag is wrong
     ├── CheckpointError       weights, tokenizer or model settings are wrong
-    │   └── UnsupportedModel  readable, but not something jaxinfer can run
+    │   ├── UnsupportedModel  readable, but not something jaxinfer can run
+    │   └── QualityRefused    quantised weights that are too far from their reference
     ├── DownloadError         the demo model can't be fetched
     ├── OutOfPages            asked the pool for more pages than are free
     ├── CompileAfterStart     a program was compiled after the engine was built
@@ -134,6 +135,10 @@ class CheckpointError(JaxinferError, ValueError):
 
 class UnsupportedModel(CheckpointError):
     """A model that can be read but not run."""
+
+
+class QualityRefused(CheckpointError):
+    """Quantised weights that are further from their reference than the settings allow."""
 
 
 class DownloadError(JaxinferError):

@@ -18,7 +18,7 @@ from jaxinfer.store import Devices, Key
 
 # Nothing in these runs on the device; whatever else is in the package is taken to.
 HOST_ONLY = {
-    *("bench", "cli", "client", "host", "server", "text", "v1", "weights"),
+    *("bench", "cli", "client", "host", "quality", "server", "text", "v1", "weights"),
     *("__init__.py", "__main__.py", "demo.py", "engine.py", "errors.py", "llm.py", "manifest.py"),
     *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py"),
 }

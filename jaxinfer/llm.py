@@ -27,6 +27,7 @@ from jaxinfer.host.request import (
     SamplingParams,
     Timings,
 )
+from jaxinfer.quality import gate
 from jaxinfer.recording import open_journal
 from jaxinfer.scoring import Scored, score
 from jaxinfer.sharding import placement
@@ -179,6 +180,7 @@ def load_engine(
     checkpoint = weights.load(
         config.model,
         dtype=config.engine.compute_dtype,
+        quant=config.quant.scheme,
         sharding=placement(config.mesh) if config.mesh.rules else None,
         progress=progress,
         described=ahead.begin,
@@ -210,7 +212,11 @@ class _Ahead:
         self.store = find_store(settings.cache_dir() / "programs")
 
     def begin(self, source: weights.Source) -> None:
-        """Loads the stored programs, where they are for one device, on other threads."""
+        """Loads the stored programs, where they are for one device, on other threads.
+
+        First of all it refuses a model whose quality report misses a bound.
+        """
+        gate.check(source, self._config.quant)
         if self.store is not None and not self._config.mesh.rules:
             self.store = programs_of.load_ahead(source.config, self._config.engine, self.store)
 

@@ -132,7 +132,7 @@ def abstract_params(model: ModelConfig, engine: EngineConfig, mesh: MeshConfig) 
         dtype = leaf.dtype or engine.compute_dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place(leaf))
 
-    return spec.map_specs(shape, models.module_of(model).spec(model))
+    return spec.map_specs(shape, models.spec_of(model))
 
 
 def check_memory(plan: MemoryPlan) -> None:
@@ -196,7 +196,7 @@ def estimate_temp(shape: Shape, model: ModelConfig, engine: EngineConfig) -> int
 def _weight_bytes(model: ModelConfig, engine: EngineConfig, params: Any) -> int:
     """On one device."""
     if params is None:
-        return spec.num_bytes(models.module_of(model).spec(model), engine.compute_dtype)
+        return spec.num_bytes(models.spec_of(model), engine.compute_dtype)
     total = 0
     for leaf in jax.tree.leaves(params):
         sharding = leaf.sharding

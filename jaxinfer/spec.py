@@ -18,6 +18,7 @@ class ArraySpec(NamedTuple):
     axes: tuple[str | None, ...]  # logical names, looked up in the rules of a mesh
     dtype: DTypeLike | None = None  # None: the dtype of the whole tree
     init: Literal["normal", "ones", "zeros"] = "normal"
+    contract: int = 0  # the last axes that a product with it sums over; 0: it is no matrix
 
 
 def is_spec(leaf: object) -> bool:

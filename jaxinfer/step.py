@@ -26,7 +26,7 @@ def prefill(
 
     The cache is consumed. A chunk in the middle of a prompt has `sample` 0: its token is dropped.
     """
-    cache, x = _run(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     out = _sample(params, x, batch, model=model, exact=engine.bits == "exact")
@@ -49,7 +49,7 @@ def score(
     params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
 ) -> tuple[Cache, Float[Array, "B T V"]]:
     """Stores a chunk of T tokens a row and returns the logits after each of them."""
-    cache, x = _run(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine)
     exact = engine.bits == "exact"
     return cache, models.module_of(model).head(params, x, config=model, exact=exact)
 
@@ -67,7 +67,7 @@ def score_targets(
 
     Logits are made for a few positions at a time: those of a whole chunk may not fit.
     """
-    cache, x = _run(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine)
     head = models.module_of(model).head
 
     def some(given: tuple[Array, Array]) -> Scores:
@@ -83,21 +83,10 @@ def score_targets(
     return cache, jax.tree.map(lambda leaf: leaf.reshape(targets.shape), found)
 
 
-def _sample(
-    params: Params, x: Float[Array, "B D"], batch: Batch, *, model: ModelConfig, exact: bool
-) -> StepOutput:
-    """The next token of each row, from the activations of its last one."""
-    logits = models.module_of(model).head(params, x, config=model, exact=exact)
-    rows = len(x)
-    count = enough_rows(model.vocab_size, rows) if exact else rows
-    logits, many = jax.tree.map(lambda leaf: with_rows(leaf, count), (logits, batch))
-    drawn = sampling.sample(logits, many, many.starts + many.lengths)
-    return jax.tree.map(lambda leaf: leaf[:rows], drawn)
-
-
-def _run(
+def hidden(
     params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
 ) -> tuple[Cache, Float[Array, "B T D"]]:
+    """Stores a chunk of T tokens a row; returns the residual stream after the last layer."""
     rows, num_tokens = batch.tokens.shape
     first = jnp.where(batch.take_last == 1, cache.last_tokens[batch.slots], batch.tokens[:, 0])
     tokens = batch.tokens.at[:, 0].set(first)
@@ -134,3 +123,15 @@ def _run(
         params, tokens, positions, attend, config=model, exact=exact
     )
     return Cache(tuple(k_pages), tuple(v_pages), cache.last_tokens), x
+
+
+def _sample(
+    params: Params, x: Float[Array, "B D"], batch: Batch, *, model: ModelConfig, exact: bool
+) -> StepOutput:
+    """The next token of each row, from the activations of its last one."""
+    logits = models.module_of(model).head(params, x, config=model, exact=exact)
+    rows = len(x)
+    count = enough_rows(model.vocab_size, rows) if exact else rows
+    logits, many = jax.tree.map(lambda leaf: with_rows(leaf, count), (logits, batch))
+    drawn = sampling.sample(logits, many, many.starts + many.lengths)
+    return jax.tree.map(lambda leaf: leaf[:rows], drawn)

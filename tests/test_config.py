@@ -226,6 +226,7 @@ def test_schema_describes_every_key():
         "journal",
         "snapshot",
         "mesh",
+        "quant",
     ]
     slots = schema["properties"]["engine"]["properties"]["num_slots"]
     assert slots == {

@@ -110,7 +110,7 @@ def step_bytes(engine: Engine, *, active: int, context: int) -> int:
     """Bytes that one decode step must read: every weight once, and the cached tokens."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params))
     if not engine.model.tie_embeddings:
-        weights -= engine.device.params.embedding.nbytes
+        weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params.embedding))
     return weights + active * context * paged.bytes_per_token(engine.model, engine.config)
 
 

@@ -49,7 +49,7 @@ def compile(
     from jaxinfer import manifest, weights
 
     older = None if check is None else _read(check)
-    name, model = weights.shape_of(settings.model)
+    name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
     with progress.shown() as show:
         programs = build(settings, model, progress=show)
     made = manifest.describe(programs, model, settings.engine)

@@ -51,8 +51,8 @@ def inspect(
 
     dtype = settings.engine.compute_dtype
     with progress.shown() as show:
-        source = weights.describe(settings.model, progress=show)
-        specs = models.module_of(source.config).spec(source.config)
+        source = weights.describe(settings.model, quant=settings.quant.scheme, progress=show)
+        specs = models.spec_of(source.config)
         params = abstract_params(source.config, settings.engine, settings.mesh)
         programs: tuple[ProgramCost, ...] = stored(settings, source.config)
         if compile and not programs:

@@ -24,6 +24,8 @@ class Common:
 
     model: Annotated[str | None, Parameter(name=["--model", "-m"])] = None
     """An alias (smollm2-135m), a Hugging Face folder, a GGUF file, or a folder of jaxinfer's."""
+    quant: Annotated[str | None, Parameter(name="--quant")] = None
+    """Quantises the weights as they are loaded: w8a8 or w8a16; short for --quant.scheme."""
     files: Annotated[tuple[str, ...], Parameter(name=["--config", "-c"])] = ()
     """A TOML file or a preset (cpu-8, cpu-32, exact-f32); repeatable, a later one wins."""
     overrides: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
@@ -40,14 +42,16 @@ class Common:
         for text in self.overrides:
             from_override(text)  # without a = it would pass for a file
         model = () if self.model is None else (f"--model={self.model}",)
-        return (*self.files, *model, *self.overrides)
+        quant = () if self.quant is None else (f"--quant.scheme={self.quant}",)
+        return (*self.files, *model, *quant, *self.overrides)
 
     def arguments(self) -> tuple[str, ...]:
         """The same options for the command line of another process."""
         files = (part for file in self.files for part in ("-c", file))
         model = () if self.model is None else ("--model", self.model)
         debug = ("--debug",) if self.debug else ()
-        return (*files, *model, *(f"--set={text}" for text in self.overrides), *debug)
+        quant = () if self.quant is None else ("--quant", self.quant)
+        return (*files, *model, *quant, *(f"--set={text}" for text in self.overrides), *debug)
 
 
 @Parameter(name="*")

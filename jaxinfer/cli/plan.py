@@ -49,7 +49,7 @@ def plan(
     from jaxinfer import weights
     from jaxinfer.plan import abstract_params, plan_memory
 
-    name, model = weights.shape_of(settings.model)
+    name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
     programs = stored(settings, model)
     memory = plan_memory(
         model,

@@ -33,7 +33,7 @@ class Params(NamedTuple):
 def spec(config: ModelConfig) -> Params:
     """Describes every parameter."""
     norm = ArraySpec((config.d_model,), ("embed",), init="ones")
-    table = ArraySpec((config.vocab_size, config.d_model), ("vocab", "embed"))
+    table = ArraySpec((config.vocab_size, config.d_model), ("vocab", "embed"), contract=1)
     layer = Layer(norm, attention.spec(config), norm, mlp.spec(config))
     return Params(
         embedding=table,

@@ -35,12 +35,14 @@ def spec(config: ModelConfig) -> Attention:
     axes = ("kv_heads", None, None)
     head_norm = ArraySpec((config.head_dim,), (None,), init="ones") if config.qk_norm else None
     return Attention(
-        qkv=ArraySpec((*rows, config.d_model), (*axes, "embed")),
+        qkv=ArraySpec((*rows, config.d_model), (*axes, "embed"), contract=1),
         qkv_bias=ArraySpec(rows, axes, init="zeros") if config.qkv_bias else None,
         q_norm=head_norm,
         k_norm=head_norm,
         output=ArraySpec(
-            (config.d_model, config.num_heads, config.head_dim), ("embed", "heads", None)
+            (config.d_model, config.num_heads, config.head_dim),
+            ("embed", "heads", None),
+            contract=2,
         ),
         output_bias=ArraySpec((config.d_model,), ("embed",), init="zeros")
         if config.output_bias

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import MIN_ROWS
 from jaxinfer.dims import Leaf
+from jaxinfer.quant import QTensor, products
 
 
 def project(
@@ -26,18 +27,29 @@ def project(
     without `exact` goes without the padding.
     """
     lead = x.shape[: x.ndim - contract]
-    inner = math.prod(x.shape[x.ndim - contract :])
-    rows = math.prod(lead)
-    flat = x.reshape(rows, inner).astype(weight.dtype)
-    if rows < MIN_ROWS and (exact or weight.dtype != jnp.float32):
-        flat = jnp.pad(flat, ((0, MIN_ROWS - rows), (0, 0)))
-    out_shape = weight.shape[: weight.ndim - contract]
-    table = weight.reshape(math.prod(out_shape), inner)
-    out = lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    out = out[:rows].reshape(*lead, *out_shape)
+    flat = x.reshape(math.prod(lead), math.prod(x.shape[x.ndim - contract :]))
+    if isinstance(weight, QTensor):
+        out = products.project(flat, weight, contract=contract)
+    else:
+        out = _project(flat, weight, contract=contract, exact=exact)
+    out = out.reshape(*lead, *weight.shape[: len(weight.shape) - contract])
     return out if bias is None else out + bias.astype(jnp.float32)
 
 
 def embed(table: Leaf, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The rows of `table` for some token ids, in float32."""
+    if isinstance(table, QTensor):
+        return products.embed(table, tokens)
     return table[tokens].astype(jnp.float32)
+
+
+def _project(
+    x: Float[Array, "rows K"], weight: Array, *, contract: int, exact: bool
+) -> Float[Array, "rows N"]:
+    rows, inner = x.shape
+    flat = x.astype(weight.dtype)
+    if rows < MIN_ROWS and (exact or weight.dtype != jnp.float32):
+        flat = jnp.pad(flat, ((0, MIN_ROWS - rows), (0, 0)))
+    table = weight.reshape(-1, inner)
+    out = lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out[:rows]

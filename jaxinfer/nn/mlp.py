@@ -21,8 +21,8 @@ class Mlp(NamedTuple):
 def spec(config: ModelConfig) -> Mlp:
     """Describes the parameters."""
     return Mlp(
-        gate_up=ArraySpec((2, config.d_ff, config.d_model), (None, "ffw", "embed")),
-        down=ArraySpec((config.d_model, config.d_ff), ("embed", "ffw")),
+        gate_up=ArraySpec((2, config.d_ff, config.d_model), (None, "ffw", "embed"), contract=1),
+        down=ArraySpec((config.d_model, config.d_ff), ("embed", "ffw"), contract=1),
     )
 
 

@@ -2,12 +2,15 @@
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 from jax.typing import DTypeLike
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ModelConfig, Scheme
 from jaxinfer.errors import CheckpointError, UnknownModel
+from jaxinfer.quant import Rounding, round_to_nearest
 from jaxinfer.weights import assemble, checkpoint, demo, hf
 from jaxinfer.weights.checkpoint import save
 from jaxinfer.weights.source import Checkpoint, Progress, Sharding, Source, TensorStore, silent
@@ -22,6 +25,7 @@ __all__ = [
     "is_ready",
     "load",
     "locate",
+    "quantised",
     "save",
     "shape_of",
 ]
@@ -34,6 +38,7 @@ def load(
     model: str | Path,
     *,
     dtype: DTypeLike,
+    quant: Scheme = "none",
     sharding: Sharding = None,
     progress: Progress = silent,
     described: Callable[[Source], None] = lambda source: None,
@@ -42,14 +47,16 @@ def load(
 
     `described` is told what `describe` would say, before the weights are read.
 
-    Every leaf of `params` has `dtype`; the weights are never twice in memory. The demo model is
+    Every leaf of `params` has `dtype`, but for matrices that are stored quantised or that `quant`
+    quantises; the weights are never twice in memory. The demo model is
     fetched and converted when it is first asked for; nothing else touches the network.
     """
     path = locate(model, progress=progress)
     if checkpoint.is_checkpoint(path):
-        described(checkpoint.describe(path))
-        return checkpoint.load(path, dtype=dtype, sharding=sharding, progress=progress)
+        described(checkpoint.describe(path, quant=quant))
+        return checkpoint.load(path, dtype=dtype, quant=quant, sharding=sharding, progress=progress)
     source, store = _open(path)
+    source = replace(source, config=checkpoint.quantised(source.config, quant))
     described(source)
     return Checkpoint(
         name=source.name,
@@ -62,17 +69,34 @@ def load(
     )
 
 
-def describe(model: str | Path, *, progress: Progress = silent) -> Source:
+def quantised(
+    model: Checkpoint,
+    scheme: Scheme,
+    *,
+    rounding: Rounding = round_to_nearest,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """The same model with quantised weights, beside the one given. Calibration is a `rounding`."""
+    config = checkpoint.quantised(model.config, scheme)
+    leaves, tree = jax.tree.flatten(model.params)
+    made = assemble.quantise_leaves(leaves, config, rounding=rounding, progress=progress)
+    return replace(model, config=config, params=jax.tree.unflatten(tree, made))
+
+
+def describe(model: str | Path, *, quant: Scheme = "none", progress: Progress = silent) -> Source:
     """What `load` would load: config, text and advice on sampling. Reads no weights."""
     path = locate(model, progress=progress)
-    return checkpoint.describe(path) if checkpoint.is_checkpoint(path) else _open(path)[0]
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.describe(path, quant=quant)
+    source = _open(path)[0]
+    return replace(source, config=checkpoint.quantised(source.config, quant))
 
 
-def shape_of(model: str | Path) -> tuple[str, ModelConfig]:
+def shape_of(model: str | Path, *, quant: Scheme = "none") -> tuple[str, ModelConfig]:
     """Name and config of a model, without fetching one that is not here yet."""
     if model in ALIASES and not is_ready(str(model)):
-        return str(model), demo.DEMOS[str(model)].config
-    source = describe(model)
+        return str(model), checkpoint.quantised(demo.DEMOS[str(model)].config, quant)
+    source = describe(model, quant=quant)
     return source.name, source.config
 
 

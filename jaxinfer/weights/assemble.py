@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CheckpointError
+from jaxinfer.quant import Rounding, describe, find_scheme, quantise, round_to_nearest
 from jaxinfer.spec import ArraySpec, check, is_spec, num_bytes, paths
 from jaxinfer.weights.names import Part, Recipe, ignored, recipes
 from jaxinfer.weights.source import Progress, Sharding, TensorStore, silent
@@ -25,18 +26,19 @@ def load_params(
     progress: Progress = silent,
 ) -> Any:
     """Builds every leaf from its tensors; each leaves the host before the next one is read."""
-    specs = models.module_of(config).spec(config)
+    specs = models.spec_of(config)
+    plain = models.module_of(config).spec(config)
     wanted = recipes(config)
     check_names(store, wanted, config)
     total, done = num_bytes(specs, dtype), 0
     progress("load", done, total)
     leaves = []
-    for path, spec in paths(specs).items():
+    for path, spec in paths(plain).items():
         leaf = assemble_leaf(store, wanted[path], spec, dtype=spec.dtype or dtype)
-        done += leaf.nbytes
-        leaves.append(put_leaf(leaf, spec, sharding))
+        leaves.append(put(path, leaf, spec, scheme=config.quant, sharding=sharding))
+        done += sum(part.nbytes for part in jax.tree.leaves(leaves[-1]))
         progress("load", done, total)
-    params = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
+    params = jax.tree.unflatten(jax.tree.structure(plain, is_leaf=is_spec), leaves)
     check(specs, params, dtype)
     return params
 
@@ -80,6 +82,46 @@ def assemble_leaf(
         filled += hole.size
     assert filled == leaf.size == math.prod(spec.shape), "a recipe must fill its leaf"
     return leaf
+
+
+def quantise_leaves(
+    leaves: list[Any],
+    config: ModelConfig,
+    *,
+    rounding: Rounding = round_to_nearest,
+    sharding: Sharding = None,
+    progress: Progress = silent,
+) -> list[Any]:
+    """The leaves that `config.quant` makes of plain ones, which are taken out of the list.
+
+    So none is twice in memory for long, where the caller keeps no other reference to them.
+    """
+    found: list[Any] = []
+    for path, spec in paths(models.module_of(config).spec(config)).items():
+        leaf = leaves.pop(0)
+        if spec.contract:
+            values = np.asarray(leaf)
+            leaf = put(path, values, spec, scheme=config.quant, sharding=sharding, by=rounding)
+        found.append(leaf)
+        progress("quantise", len(found), len(found) + len(leaves))
+    return found
+
+
+def put(
+    path: str,
+    leaf: np.ndarray,
+    spec: ArraySpec,
+    *,
+    scheme: str,
+    sharding: Sharding,
+    by: Rounding = round_to_nearest,
+) -> Any:
+    """A leaf on its devices, quantised on the way where `scheme` asks for that."""
+    if scheme == "none" or not spec.contract:
+        return put_leaf(leaf, spec, sharding)
+    found = quantise(path, leaf, contract=spec.contract, digits=find_scheme(scheme), rounding=by)
+    described = describe(spec, scheme)
+    return jax.tree.map(lambda part, one: put_leaf(part, one, sharding), found, described)
 
 
 def put_leaf(leaf: np.ndarray, spec: ArraySpec, sharding: Sharding) -> jax.Array:

@@ -7,6 +7,7 @@ A folder holds
     tokenizer.json  text.json  sampling.json
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ import threading
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.typing import DTypeLike
 
 from jaxinfer import models
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ModelConfig, Scheme
 from jaxinfer.errors import CheckpointError, ConfigError, InvalidRequest
 from jaxinfer.host.request import SamplingParams
 from jaxinfer.spec import ArraySpec, check, dotted, is_spec, num_bytes, paths
 from jaxinfer.text.assets import TextAssets
+from jaxinfer.weights.assemble import quantise_leaves
 from jaxinfer.weights.json_file import read_json
 from jaxinfer.weights.records import from_json
 from jaxinfer.weights.source import Checkpoint, Progress, Sharding, Source, silent
@@ -69,8 +71,13 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MODEL).is_file()
 
 
-def describe(path: Path) -> Source:
-    """Reads the JSON and no weights."""
+def digest(path: Path) -> str:
+    """A short name for exactly these weights and this config."""
+    return hashlib.sha256((path / MODEL).read_bytes()).hexdigest()[:16]
+
+
+def describe(path: Path, *, quant: Scheme = "none") -> Source:
+    """Reads the JSON and no weights; `quant` is what becomes of them when they are loaded."""
     model = _read_model(path)
     try:
         tokenizer_json = (path / TOKENIZER).read_text(encoding="utf-8")
@@ -83,7 +90,7 @@ def describe(path: Path) -> Source:
             name=model["name"],
             path=path,
             kind="jaxinfer",
-            config=from_json(ModelConfig, model["config"], where=f"{path / MODEL}: config"),
+            config=quantised(_stored_config(path, model), quant),
             text=from_json(TextAssets, text, where=str(path / TEXT)),
             sampling=from_json(SamplingParams, sampling, where=str(path / SAMPLING)),
             num_bytes=sum(size for size, _ in model["files"].values()),
@@ -93,17 +100,26 @@ def describe(path: Path) -> Source:
 
 
 def load(
-    path: Path, *, dtype: DTypeLike, sharding: Sharding = None, progress: Progress = silent
+    path: Path,
+    *,
+    dtype: DTypeLike,
+    quant: Scheme = "none",
+    sharding: Sharding = None,
+    progress: Progress = silent,
 ) -> Checkpoint:
-    """Reads every leaf straight into its dtype and onto its devices."""
-    source = describe(path)
-    specs = models.module_of(source.config).spec(source.config)
+    """Reads every leaf straight into its dtype and onto its devices; then, if asked, quantises."""
+    source, model = describe(path, quant=quant), _read_model(path)
+    stored = _stored_config(path, model)
+    is_asked = stored.quant == "none" != source.config.quant
+    specs = models.spec_of(stored if is_asked else source.config)
     total = num_bytes(specs, dtype)
     progress("load", 0, total)
-    _check_files(path, _read_model(path)["files"])
-    leaves = _restore(path / PARAMS, paths(specs), dtype=dtype, sharding=sharding)
+    _check_files(path, model["files"])
+    leaves: list[Any] = _restore(path / PARAMS, paths(specs), dtype=dtype, sharding=sharding)
+    if is_asked:
+        leaves = quantise_leaves(leaves, source.config, sharding=sharding, progress=progress)
     params = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
-    check(specs, params, dtype)
+    check(models.spec_of(source.config), params, dtype)
     progress("load", total, total)
     return Checkpoint(
         name=source.name,
@@ -112,6 +128,22 @@ def load(
         text=source.text,
         sampling=source.sampling,
     )
+
+
+def quantised(config: ModelConfig, scheme: Scheme) -> ModelConfig:
+    """The config of a model that is loaded with `scheme`; one that is quantised stays so.
+
+    The codes of w8a8 and w8a16 are the same, so that each can be run as the other.
+    """
+    return config if scheme == "none" else replace(config, quant=scheme)
+
+
+def _stored_config(path: Path, model: dict[str, Any]) -> ModelConfig:
+    """Folders from before there was quantisation don't say that they have none."""
+    config = model["config"]
+    if isinstance(config, dict):
+        config = {"quant": "none", **config}
+    return from_json(ModelConfig, config, where=f"{path / MODEL}: config")
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:

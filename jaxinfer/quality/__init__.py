@@ -1,0 +1,1 @@
+"""How far a quantised model is from the one it was made of, and whether that is near enough."""
