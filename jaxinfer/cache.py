@@ -12,6 +12,7 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.dims import Leaf
 from jaxinfer.spec import ArraySpec, map_specs
 
+_LANES = 128  # of a TPU's vector registers
 # XLA:CPU of jax 0.10 turns a bfloat16 scatter into a float32 copy of the whole pool; bits of
 # the same width go through untouched (fixed in 0.11).
 _STORES_BITS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
@@ -27,9 +28,13 @@ class Cache(NamedTuple):
 
 def spec(model: ModelConfig, engine: EngineConfig) -> Cache:
     """Describes every array of the cache; the pool's last page is the trash page."""
-    shape = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, model.head_dim)
+    width = head_width(model.head_dim, engine.attention)
+    shape = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, width)
     pages = ArraySpec(
-        shape, ("kv_heads", None, None, None), dtype=page_dtype(engine.compute_dtype), init="zeros"
+        shape,
+        ("kv_heads", None, None, None),
+        dtype=page_dtype(engine.compute_dtype, engine.attention),
+        init="zeros",
     )
     return Cache(
         k=(pages,) * model.num_layers,
@@ -45,14 +50,26 @@ def make(model: ModelConfig, engine: EngineConfig) -> Cache:
 
 def bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int:
     """Bytes that one token takes in the pool, over all layers."""
-    width = 2 * model.num_kv_heads * model.head_dim
+    width = 2 * model.num_kv_heads * head_width(model.head_dim, engine.attention)
     return model.num_layers * width * jnp.dtype(engine.compute_dtype).itemsize
 
 
-def page_dtype(compute_dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which pages of a compute dtype are stored."""
+def page_dtype(compute_dtype: DTypeLike, attention: str = "reference") -> jnp.dtype:
+    """The dtype in which pages of a compute dtype are stored; kernels find the values as they are.
+
+    They run where a bfloat16 scatter is in place.
+    """
     dtype = jnp.dtype(compute_dtype)
-    return jnp.dtype(jnp.uint16) if _STORES_BITS and dtype == jnp.bfloat16 else dtype
+    stores_bits = _STORES_BITS and attention == "reference" and dtype == jnp.bfloat16
+    return jnp.dtype(jnp.uint16) if stores_bits else dtype
+
+
+def head_width(head_dim: int, attention: str) -> int:
+    """Values of a token and head in a page: whole lanes for the TPU's kernel, zeros at the end.
+
+    XLA:TPU lays a narrower pool out another way round, and copies all of it for a kernel.
+    """
+    return -(-head_dim // _LANES) * _LANES if attention == "pallas_tpu" else head_dim
 
 
 def to_pages(x: Float[Array, "..."], pages: Leaf) -> Array:
@@ -101,5 +118,7 @@ def places(
 
 def write(pages: Leaf, new: Float[Array, "B T K H"], where: Places) -> Array:
     """The pool with the tokens of a step in their places; in place when the pool is donated."""
+    spare = pages.shape[-1] - new.shape[-1]
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, spare))) if spare else new
     rows = to_pages(new, pages).reshape(-1, *new.shape[2:])
     return pages.at[:, where.pages, where.offsets].set(jnp.swapaxes(rows, 0, 1))

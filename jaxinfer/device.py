@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
+from jaxinfer.kernels import paged_attention
 from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
 from jaxinfer.selftest import SelfTest
 from jaxinfer.store import Store
@@ -50,6 +52,13 @@ class Device:
         store: Store | None = None,
         progress: programs_of.Progress = lambda stage, done, total: None,
     ) -> None:
+        needs = paged_attention.needs_here(
+            dtype=config.compute_dtype,
+            head_dim=model.head_dim,
+            page_size=config.cache.page_size,
+            block=config.attention_block,
+        )
+        config = replace(config, attention=paged_attention.choose(config.attention, needs))
         self.config = config
         check_memory(plan_memory(model, config, params=params))
         self.programs: Programs = programs_of.build(

@@ -44,6 +44,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "jaxinfer.models": (3, "device"),
     "jaxinfer.nn": (2, "device"),
     "jaxinfer.plan": (4, "device"),
+    "jaxinfer.quality": (5, "both"),
+    "jaxinfer.quant": (2, "device"),
     "jaxinfer.recording": (6, "both"),
     "jaxinfer.replay": (6, "both"),
     "jaxinfer.runner": (5, "both"),

@@ -1,89 +1,121 @@
 """Every backend of paged attention against a dense reference in float64."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
+from tests.kernels.attention import Case, make, needs, relative_error, run
 
-PAGE_SIZE, BLOCK, PAGES = 8, 32, 128
-# (kv heads, group, head size), (first position, length) of each row, window
-CASES = {
-    "decode": ((2, 3, 16), [(0, 1), (7, 1), (8, 1), (31, 1), (32, 1), (100, 1)], 0),
-    "decode one head": ((1, 1, 8), [(0, 1), (63, 1)], 0),
-    "empty rows": ((2, 2, 16), [(5, 1), (0, 0), (9, 0), (33, 1)], 0),
-    "all rows empty": ((2, 2, 16), [(0, 0), (0, 0)], 0),
-    "prefill": ((2, 3, 16), [(0, 40)], 0),
-    "chunk in the middle": ((2, 3, 16), [(37, 20)], 0),
-    "ragged": ((3, 1, 16), [(0, 5), (60, 17), (12, 0), (31, 1), (0, 17)], 0),
-    "window": ((2, 3, 16), [(0, 6), (70, 6), (31, 2)], 10),
-    "window of one": ((1, 2, 16), [(50, 4)], 1),
-    "window past a block": ((1, 2, 16), [(90, 5), (3, 3)], 40),
-    "longest": ((1, 2, 16), [(127, 1), (96, 32)], 0),
+# Lengths of 0 and 1, both sides of page and block edges, a full row; a chunk beside decodes.
+DECODE = Case(((0, 1), (7, 1), (8, 1), (0, 0), (63, 1), (64, 1), (191, 1)))
+MIXED = Case(((0, 5), (60, 17), (12, 0), (100, 1), (0, 17)), window=40)
+SMALL = {"head_dim": 16, "block": 32, "longest": 128}
+REFERENCE = {
+    "decode": DECODE,
+    "decode one head": Case(((0, 1), (63, 1)), 1, 1, **SMALL | {"head_dim": 8}),
+    "empty rows": Case(((5, 1), (0, 0), (9, 0), (33, 1)), **SMALL),
+    "all rows empty": Case(((0, 0), (0, 0)), **SMALL),
+    "prefill": Case(((0, 40),), **SMALL),
+    "chunk in the middle": Case(((37, 20),), **SMALL),
+    "ragged": Case(((0, 5), (60, 17), (12, 0), (31, 1), (0, 17)), 3, 1, **SMALL),
+    "window": Case(((0, 6), (70, 6), (31, 2)), window=10, **SMALL),
+    "window of one": Case(((50, 4),), 1, 2, window=1, **SMALL),
+    "window past a block": Case(((90, 5), (3, 3)), 1, 2, window=40, **SMALL),
+    "longest": Case(((127, 1), (96, 32)), 1, 2, **SMALL),
+    "mixed": MIXED,
 }
+SOON = {"decode": DECODE, "mixed": MIXED._replace(soft_cap=3.0)}
+LATER = {
+    "empty": Case(((5, 0), (0, 0))),
+    "decode of one head": Case(((0, 1), (100, 1)), 1, 1),
+    "decode of many heads": Case(((70, 1), (15, 1)), 8, 2),
+    "decode in a group of 16": Case(((70, 1), (15, 1)), 1, 16),
+    "prefill": Case(((0, 100),)),
+    "chunk in the middle": Case(((37, 70),)),
+    "verify": Case(((37, 5), (63, 5), (0, 5), (187, 5))),
+    "head size 128": Case(((0, 1), (130, 1), (64, 0)), head_dim=128),
+    "prefill of head size 128": Case(((60, 50),), head_dim=128),
+    "head size 256": Case(((0, 1), (130, 1)), head_dim=256),
+    "prefill of head size 256": Case(((60, 50),), 1, 2, head_dim=256),
+    "pages of 16": Case(((0, 1), (15, 1), (16, 1), (120, 3)), page_size=16, block=128, longest=384),
+    "pages of 64": Case(((0, 1), (63, 1), (64, 1), (120, 3)), page_size=64),
+    "long": Case(((1023, 1), (512, 1), (511, 1), (3, 1)), 1, 2, longest=1024),
+    "window of one": Case(((50, 4), (0, 2)), 1, 2, window=1),
+    "window of a block": Case(((127, 1), (128, 1), (180, 4)), 1, 2, window=64),
+    "window past a block": Case(((90, 5), (3, 3), (191, 1)), 1, 2, window=100),
+    "soft cap": Case(((0, 6), (70, 6), (31, 2)), soft_cap=2.0),
+}
+LIMIT = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 
 
-def dense(q, k, v, starts, lengths, *, window):
-    """Softmax attention written out, token by token: k and v are [B, S, K, H]."""
-    out = np.zeros_like(q)
-    group = q.shape[2] // k.shape[2]
-    for row in range(q.shape[0]):
-        for token in range(lengths[row]):
-            position = starts[row] + token
-            first = max(0, position - window + 1) if window else 0
-            for head in range(q.shape[2]):
-                keys = k[row, first : position + 1, head // group]
-                logits = keys @ q[row, token, head] / np.sqrt(q.shape[3])
-                weights = np.exp(logits - logits.max())
-                values = v[row, first : position + 1, head // group]
-                out[row, token, head] = weights @ values / weights.sum()
-    return out
+def check(backend: str, case: Case, dtype: str, *, poison: float = np.nan) -> None:
+    """Compares with float64; skips what the backend says it can't do."""
+    attend = paged_attention.backend(backend)
+    if case.soft_cap and "soft_cap" not in inspect.signature(attend).parameters:
+        pytest.skip(f"{backend} has no soft cap")
+    try:
+        paged_attention.choose(backend, needs(backend, case, dtype))
+    except ConfigError as refused:
+        pytest.skip(str(refused))
+    call, expected = make(case, dtype, poison=poison)
+    assert relative_error(run(backend, call, case), expected) < LIMIT[dtype]
 
 
-def scattered(k, starts, lengths, rng, dtype, poison):
-    """The same keys in pages in random order, everything unowned poisoned."""
-    rows, _, num_kv_heads, head_dim = k.shape
-    pages = np.full((num_kv_heads, PAGES, PAGE_SIZE, head_dim), poison)
-    table = rng.permutation(PAGES)[: rows * (128 // PAGE_SIZE)].reshape(rows, -1)
-    for row in range(rows):
-        for position in range(starts[row] + lengths[row] if lengths[row] else 0):
-            page = table[row, position // PAGE_SIZE]
-            pages[:, page, position % PAGE_SIZE] = k[row, position]
-    return jnp.asarray(pages, dtype), jnp.asarray(table, jnp.int32)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.full),
+        pytest.param("float16", marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("case", REFERENCE)
+def test_the_reference_matches_float64_whatever_free_pages_hold(dtype, case):
+    check("reference", REFERENCE[case], dtype)
 
 
+@pytest.mark.parametrize(
+    ("backend", "case", "dtype"),
+    [
+        ("reference", "decode", "bfloat16"),
+        ("reference", "decode", "float16"),
+        ("pallas_tpu", "decode", "bfloat16"),
+        ("pallas_tpu", "mixed", "float32"),
+        ("pallas_gpu", "mixed", "bfloat16"),
+    ],
+)
+def test_a_backend_matches_float64_whatever_free_pages_hold(backend, case, dtype):
+    check(backend, SOON[case], dtype)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("case", SOON | LATER)
 @pytest.mark.parametrize("backend", paged_attention.BACKENDS)
+def test_every_backend_matches_float64_in_every_case(backend, case, dtype):
+    check(backend, (SOON | LATER)[case], dtype)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("poison", [0.0, np.nan], ids=["zeros", "nan"])
-def test_matches_dense_attention_in_float64(backend, dtype, case, poison):
-    (num_kv_heads, group, head_dim), places, window = CASES[case]
-    rng = np.random.default_rng(len(case))
-    starts, lengths = (np.array(column, np.int32) for column in zip(*places, strict=True))
-    rows, num_queries = len(places), max(1, lengths.max())
-    q = rng.normal(size=(rows, num_queries, num_kv_heads * group, head_dim))
-    k, v = rng.normal(size=(2, rows, 128, num_kv_heads, head_dim))
-    q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float64) for x in (q, k, v))
-    order = np.random.default_rng(7)
-    k_pages, table = scattered(k, starts, lengths, order, dtype, poison)
-    order = np.random.default_rng(7)
-    v_pages, _ = scattered(v, starts, lengths, order, dtype, poison)
-    out = paged_attention.backend(backend)(
-        jnp.asarray(q, jnp.float32),
-        k_pages,
-        v_pages,
-        table,
-        jnp.asarray(starts),
-        jnp.asarray(lengths),
-        block=BLOCK,
-        window=window,
-    )
-    expected = dense(q, k, v, starts, lengths, window=window)
-    limit = 2e-2 if dtype == "bfloat16" else 1e-5
-    np.testing.assert_allclose(np.asarray(out), expected, atol=limit, rtol=limit)
+def test_pages_on_a_tpu_may_be_wider_than_heads(dtype):
+    call, expected = make(DECODE, dtype)
+    k_pages, v_pages = (jnp.pad(pages, ((0, 0), (0, 0), (0, 0), (0, 64))) for pages in call[1:3])
+    out = run("pallas_tpu", call._replace(k_pages=k_pages, v_pages=v_pages), DECODE)
+    assert relative_error(out, expected) < LIMIT[dtype]
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ConfigError, match="there are: reference"):
-        paged_attention.backend("triton")
+@pytest.mark.full
+@pytest.mark.parametrize("backend", paged_attention.BACKENDS)
+def test_the_bits_of_a_row_do_not_depend_on_its_company(backend):
+    case = Case(((150, 1), (7, 1), (191, 1), (0, 0), (64, 1), (63, 1), (8, 1), (100, 1)))
+    call, _ = make(case, "bfloat16")
+    together = run(backend, call, case)
+    order = [6, 2, 3, 0, 5, 1, 7, 4]
+    np.testing.assert_array_equal(run(backend, call.of_rows(order), case), together[order])
+    if backend != "reference":  # which needs eight rows on a CPU
+        np.testing.assert_array_equal(run(backend, call.of_rows([2]), case), together[[2]])

@@ -1,20 +1,56 @@
 """Ragged paged attention: rows of queries against cached tokens that lie in pages."""
 
+import importlib
+import logging
 from collections.abc import Callable
 
 from jax import Array
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.paged_attention.reference import paged_attention as reference
+from jaxinfer.kernels.paged_attention.needs import Needs, needs_here
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["AUTO", "BACKENDS", "Needs", "backend", "choose", "needs_here"]
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference}
-"""Name -> implementation, all of one signature: that of reference.paged_attention."""
+AUTO = "auto"
+BACKENDS = ("reference", "pallas_tpu", "pallas_gpu")
+"""Modules of this package, all with a `paged_attention` of one signature: the reference's. All
+but the reference have a `refusal(needs)` that says why they can't serve an engine, or ""."""
+_BEST_FIRST = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
+log = logging.getLogger(__name__)
 
 
 def backend(name: str) -> Callable[..., Array]:
     """The implementation of that name; a name that is not there is refused, never replaced."""
     if name not in BACKENDS:
-        raise ConfigError(f"engine.attention is {name!r}; there are: {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+        there = ", ".join(BACKENDS)
+        raise ConfigError(f"engine.attention is {name!r}; there are: {there}")
+    return importlib.import_module(f"{__name__}.{name}").paged_attention
+
+
+def choose(name: str, needs: Needs) -> str:
+    """The backend that serves an engine: the one asked for, or the platform's best for `auto`.
+
+    One that was asked for and can't serve the engine is refused, never replaced.
+    """
+    if name != AUTO:
+        reason = _refusal(name, needs)
+        if reason:
+            raise ConfigError(
+                f"engine.attention is {name!r}, which {reason}; choose {AUTO!r} or 'reference'"
+            )
+        return name
+    for candidate in _BEST_FIRST.get(needs.platform, ()):
+        reason = _refusal(candidate, needs)
+        if not reason:
+            log.info("attention: %s, the best of %s", candidate, needs)
+            return candidate
+        log.warning("attention: not %s, which %s", candidate, reason)
+    log.info("attention: reference, for %s", needs)
+    return "reference"
+
+
+def _refusal(name: str, needs: Needs) -> str:
+    backend(name)
+    if name == "reference":
+        return ""
+    return importlib.import_module(f"{__name__}.{name}").refusal(needs)
