@@ -113,7 +113,7 @@ def test_axes_are_summed_over_as_with_a_plain_weight():
 
 def test_an_embedding_is_the_row_that_the_codes_stand_for():
     _, table = values(1, 96, 50)
-    weight = quantise("e", table, contract=1, digits=1)
+    weight = jax.tree.map(jnp.asarray, quantise("e", table, contract=1, digits=1))
     tokens = jnp.asarray([[0, 7, 49], [7, 7, 3]])
     found = np.asarray(linear.embed(weight, tokens))
     np.testing.assert_allclose(found, restore(weight, contract=1)[tokens], atol=1e-5)

@@ -143,14 +143,15 @@ def test_pings_come_too_often_at_the_third_time():
 
 def test_calls_beyond_the_limit_of_a_connection_wait_for_those_before_them():
     async def body(stub, server):
+        assert await is_right(stub)  # so the client has been told of the limit
         calls = [stub.GenerateStream(streaming(480)) for _ in range(3)]
-        await until(lambda: len(server.engine.submitted) == 2)
+        await until(lambda: len(server.engine.submitted) == 3)
         async with grpc.aio.insecure_channel(server.target, options=OWN) as other:
             assert await is_right(inference_pb2_grpc.InferenceServiceStub(other))
-        assert len(server.engine.submitted) == 3
+        assert len(server.engine.submitted) == 4
         calls[0].cancel()
         calls[1].cancel()
-        await until(lambda: len(server.engine.submitted) == 4)
+        await until(lambda: len(server.engine.submitted) == 5)
         calls[2].cancel()
 
     with_stub(body, config=ServerConfig(port=0, max_streams=2), step_s=0.02)

@@ -75,7 +75,7 @@ async def ask(service: Service, message: hostile.Hostile) -> Heard:
         reply = getattr(service, name)(message.data, heard)
         if message.method == "GenerateStream":
             async for event in reply:
-                event.SerializeToString()
+                pb.GenerateStreamResponse.FromString(event)
         else:
             (await reply).SerializeToString()
     except Ended:
