@@ -87,6 +87,9 @@ class CacheConfig:
     """Pages in the pool, without the trash page; 0 gives every slot its longest sequence."""
     prefix: bool = True
     """Keep the pages of finished requests for others that begin the same way."""
+    dtype: Literal["auto", "int8"] = "auto"
+    """What keys and values are kept in. auto: engine.compute_dtype. int8: each head of each token
+    by a scale of its own, in about half the memory of bfloat16: docs/quantisation.md."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,13 @@ class EngineConfig:
     prefill_per_decode: int = 12
     """The same on average, for prompts of several chunks behind requests that decode: the next
     chunk waits until so many tokens for each decode step make up for the last one. 0: no wait."""
+    shared_prefill_tokens: int = 64
+    """The same in one step for a tenant that holds its share of the slots while others ask too."""
     max_waiting: int = 256
     """Requests that may wait; one more is refused."""
+    batching: Literal["continuous", "static"] = "continuous"
+    """continuous: a request gets a slot as soon as one is free. static: only once all are, and
+    with all prompts of a batch in one step; to compare with."""
     compute_dtype: Dtype = "bfloat16"
     attention: Literal["auto", "reference", "pallas_tpu", "pallas_gpu"] = "reference"
     """The kernel that attends: docs/kernels.md says which are proven where. auto: the platform's
@@ -334,6 +342,7 @@ def check_engine(config: EngineConfig) -> None:
         ("num_slots", config.num_slots),
         ("max_seq_len", config.max_seq_len),
         ("max_prefill_tokens", config.max_prefill_tokens),
+        ("shared_prefill_tokens", config.shared_prefill_tokens),
         ("max_waiting", config.max_waiting),
         ("cache.page_size", page_size),
     ):

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
 from jaxinfer import selftest
 from jaxinfer.compile import ALLOCATE, READ_PAGES, Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.host.batch import SlotTable
-from jaxinfer.host.plan import Plan
+from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
@@ -53,7 +54,7 @@ class Device:
         progress: programs_of.Progress = lambda stage, done, total: None,
     ) -> None:
         needs = paged_attention.needs_here(
-            dtype=config.compute_dtype,
+            dtype=paged.kept_dtype(config),
             head_dim=model.head_dim,
             page_size=config.cache.page_size,
             block=config.attention_block,
@@ -127,14 +128,16 @@ class Device:
     def fill(self, tokens: list[int], pages: list[int]) -> None:
         """Writes the keys and values of a prefix into pages, as a prefill of it would have."""
         sizes = self.config.prefill_chunks
-        for start in range(0, len(tokens), sizes[-1]):
-            part = tokens[start : start + sizes[-1]]
-            shape = Shape("prefill", 1, next(size for size in sizes if size >= len(part)))
+        start = 0
+        while start < len(tokens):
+            shape = Shape("prefill", 1, chunk_size(len(tokens) - start, sizes))
+            part = tokens[start : start + shape.tokens]
             rows = self._inert(shape)
             rows.tokens[0, : len(part)] = part
             rows.page_table[0, : len(pages)] = pages
             rows.starts[0], rows.lengths[0] = start, len(part)
             self.run(shape, pack(rows))
+            start += len(part)
 
     def take_over(self, running: list[Sequence]) -> None:
         """Makes rows and pages of sequences that were booked elsewhere: see host.state."""

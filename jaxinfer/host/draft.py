@@ -6,16 +6,17 @@ from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
-from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored
+from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored, chunk_size
 from jaxinfer.host.sequence import Sequence
+from jaxinfer.host.tenancy import Standing
 
 
 class Draft:
     """Collects a plan and what it would leave free; only reads what it is given.
 
     `cached_pages` says which known pages a sequence could begin with, `prefill_debt` is what decode
-    steps have yet to make up for by tenant. Where `num_tenants` asked lately, those of whom a chunk
-    is `under_way` leave room for the others.
+    steps have yet to make up for by tenant. Of several tenants those that have their share, by
+    their `standing`, leave room for the others: they wait for what is `under_way` of theirs.
     """
 
     def __init__(
@@ -27,17 +28,19 @@ class Draft:
         cached_pages: Callable[[Sequence], tuple[int, ...]],
         prefill_debt: Mapping[str, int],
         under_way: Collection[str] = (),
-        num_tenants: int = 1,
+        standing: Standing,
     ) -> None:
         self._config = config
         self._pool = pool
         self._cached_pages = cached_pages
         self._prefill_debt = prefill_debt
         self._under_way = under_way
-        self._num_tenants = num_tenants
+        self._standing = standing
         self._is_held = False  # no prefill from here on
         self._paused: list[Sequence] = []  # for decodes, in line
         self._running = [sequence for sequence in slots if sequence is not None]
+        self._is_static = config.batching == "static"
+        self._is_closed = self._is_static and bool(self._running)  # until all have ended
         self._free_pages = pool.num_available
         self._revived: list[int] = []  # idle pages that an admission takes over
         self._free_slots = [slot for slot, held in enumerate(slots) if held is None]
@@ -79,7 +82,7 @@ class Draft:
 
     def _wake(self, sequence: Sequence) -> None:
         """A pause is for decodes: it ends where the chunk of another tenant's would fill it."""
-        while self._num_tenants > 1 and self._paused:
+        while self._standing.served and self._paused:
             if self._paused[0].tenant == sequence.tenant:
                 return
             paused = self._paused.pop(0)
@@ -91,22 +94,20 @@ class Draft:
         And so do all behind it. Who comes now then finds one step with a chunk before its own, not
         two: the one under way and the one behind that.
         """
-        if self._num_tenants > 1 and sequence.request.turn:
-            self._is_held = self._is_held or sequence.tenant in self._under_way
+        if sequence.tenant in self._under_way and self._standing.has_its_share(sequence):
+            self._is_held = True
         return self._is_held
 
-    def _is_last_slot_for_others(self, sequence: Sequence) -> bool:
-        """Whether one slot is free, and the tenant holds its share: then it is for another."""
-        if self._num_tenants < 2 or not sequence.request.turn or len(self._free_slots) > 1:
-            return False
-        num_held = sum(one.tenant == sequence.tenant for one in self._running)
-        return num_held * self._num_tenants >= self._config.num_slots
+    def _must_leave_slots(self, sequence: Sequence) -> bool:
+        """Whether what slots are free are for tenants that have not got their share."""
+        is_kept = len(self._free_slots) <= self._standing.num_kept
+        return is_kept and self._standing.has_its_slots(sequence)
 
     def prefill(self, sequence: Sequence, *, start: int) -> None:
         """The next chunks of a sequence that holds a slot, as far as the bound allows."""
         while start < len(sequence.tokens) and sequence not in self._preempt:
             chunk = self._chunk(sequence, start)
-            if not self._has_budget(chunk.size) or not self._hold(sequence, start + chunk.length):
+            if not self._has_budget(chunk) or not self._hold(sequence, start + chunk.length):
                 return
             self._prefill_budget -= chunk.size
             self._chunks.append(chunk)
@@ -116,10 +117,11 @@ class Draft:
 
     def admit(self, sequence: Sequence) -> bool:
         """A slot for the first in line, if its tokens fit beside all others; else nobody's turn."""
-        if self._preempt or sequence.num_pending or not self._free_slots:
-            self._held_up = "slot" if not self._free_slots else "pages" if self._preempt else "step"
+        if self._preempt or sequence.num_pending or not self._free_slots or self._is_closed:
+            is_full = not self._free_slots or self._is_closed
+            self._held_up = "slot" if is_full else "pages" if self._preempt else "step"
             return False
-        if self._must_leave_room(sequence) or self._is_last_slot_for_others(sequence):
+        if self._must_leave_room(sequence) or self._must_leave_slots(sequence):
             self._held_up = "prefill" if self._is_held else "slot"
             return False
         self._wake(sequence)
@@ -128,7 +130,7 @@ class Draft:
         is_idle = self._pool.is_idle
         revived = [page for page in shared if is_idle(page) and page not in self._revived]
         needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)
-        if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start).size):
+        if needed > self._free_pages or not self._has_budget(self._chunk(sequence, start)):
             self._held_up = "pages" if needed > self._free_pages else "prefill"
             return False
         self._admit.append(Admission(sequence, self._free_slots.pop(0), shared))
@@ -179,14 +181,24 @@ class Draft:
         return num_outputs < (room if limit is None else min(limit, room))
 
     def _chunk(self, sequence: Sequence, start: int) -> Chunk:
-        """The chunk at `start`: its edges depend on the sequence's tokens alone."""
+        """The chunk at `start`: its edges depend on the tokens, and on whether others lack room."""
         left = len(sequence.tokens) - start
         sizes = self._config.prefill_chunks
-        size = next((size for size in sizes if size >= left), sizes[-1])
+        size = chunk_size(left, sizes)
+        if self._standing.has_its_share(sequence):
+            size = min(size, chunk_size(self._config.shared_prefill_tokens, sizes))
         return Chunk(sequence, start, min(left, size), size, left <= size)
 
-    def _has_budget(self, size: int) -> bool:
-        return not self._chunks or size <= self._prefill_budget
+    def _has_budget(self, chunk: Chunk) -> bool:
+        """Whether the step has room for it; whose tenant has its share joins no other's chunk."""
+        if self._is_static or not self._chunks:
+            return True
+        if self._standing.has_its_share(chunk.sequence):
+            booked = sum(one.size for one in self._chunks)
+            is_own = all(one.sequence.tenant == chunk.sequence.tenant for one in self._chunks)
+            if not is_own or booked + chunk.size > self._config.shared_prefill_tokens:
+                return False
+        return chunk.size <= self._prefill_budget
 
     def _hold(self, sequence: Sequence, num_tokens: int) -> bool:
         """Books pages for that many tokens; later ones in line give way as needed."""

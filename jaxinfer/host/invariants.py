@@ -5,7 +5,7 @@ Each check recomputes from the outside what the scheduler books on the inside.
 
 from jaxinfer.host.fake_device import EMPTY, NAN
 from jaxinfer.host.loop import Sampled
-from jaxinfer.host.plan import Plan
+from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.world import MAX_PREEMPTIONS, World
@@ -124,7 +124,9 @@ def check_plan(world: World, plan: Plan, before: Before) -> None:
     admitted = [admission.sequence for admission in plan.admit]
     assert admitted == scheduler.waiting[: len(admitted)], "not the first in line were admitted"
     padded = [chunk.size for chunk in plan.chunks]
-    assert sum(padded) <= max(config.max_prefill_tokens, *padded[:1], 0), "too much prefill"
+    is_bound = config.batching == "continuous"
+    most = max(config.max_prefill_tokens, *padded[:1], 0)
+    assert not is_bound or sum(padded) <= most, "too much prefill"
     assert not line or line[0] not in plan.preempt, "the first in line was preempted"
     for sequence in plan.preempt:
         lower = [one for one in line if one.request.priority > sequence.request.priority]
@@ -307,12 +309,18 @@ def _check_refused(world: World, plan: Plan) -> None:
     scheduler, config, size = world.scheduler, world.config, world.config.cache.page_size
     if not scheduler.waiting or None not in scheduler.slots or scheduler.waiting[0].num_pending:
         return
+    if config.batching == "static" and scheduler.running:
+        return
     first, pool = scheduler.waiting[0], scheduler.pool
-    if _makes_way(world, plan, first) or scheduler.slots.count(None) == 1 and first.request.turn:
+    standing = scheduler.tenancy.standing(
+        scheduler.running, scheduler.waiting, world.config.num_slots
+    )
+    is_kept = scheduler.slots.count(None) <= standing.num_kept
+    if _makes_way(world, plan, first) or is_kept and standing.has_its_slots(first):
         return
     shared = scheduler.cached_pages(first)
     left = len(first.tokens) - len(shared) * size
-    chunk = next((one for one in config.prefill_chunks if one >= left), config.prefill_chunks[-1])
+    chunk = chunk_size(left, config.prefill_chunks)
     if plan.chunks and sum(one.size for one in plan.chunks) + chunk > config.max_prefill_tokens:
         return
     num_pages = -(-(len(first.tokens) + 1) // size) - sum(not pool.is_idle(page) for page in shared)

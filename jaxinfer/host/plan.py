@@ -1,9 +1,11 @@
 """A step, decided: what a plan of the scheduler says."""
 
+import functools
 from typing import Literal, NamedTuple
 
 from jaxinfer.host.sequence import Sequence
 
+CHUNK_OVERHEAD = 32  # tokens of prefill that take as long as one more program does
 HeldUp = Literal["", "slot", "pages", "prefill", "step"]
 """Why the first in line got no slot: none was free, its pages were not, the step had prefill work
 enough, or a step from before it gave way is still under way. Empty where nobody was left."""
@@ -17,6 +19,34 @@ class Chunk(NamedTuple):
     length: int
     size: int  # of the program that takes it: length plus padding
     is_last: bool  # the token after it is sampled
+
+
+def chunk_size(num_left: int, sizes: tuple[int, ...]) -> int:
+    """The size of the first of those chunks that take so many tokens with the least work.
+
+    Padding costs what tokens cost: 140 of them go as 128 and 32 rather than as 512.
+    """
+    return sizes[-1] if num_left >= sizes[-1] else _covers(sizes)[num_left].size
+
+
+class _Cover(NamedTuple):
+    """Chunks, largest first, that take a number of tokens."""
+
+    work: int  # in tokens
+    size: int  # of the first
+
+
+@functools.cache
+def _covers(sizes: tuple[int, ...]) -> list[_Cover]:
+    """The cheapest for each number of tokens; of equal ones that with the larger first chunk."""
+    found = [_Cover(0, 0)]
+    for num_tokens in range(1, sizes[-1]):
+        covers = (
+            _Cover(found[max(0, num_tokens - size)].work + size + CHUNK_OVERHEAD, size)
+            for size in sizes
+        )
+        found.append(min(covers, key=lambda cover: (cover.work, -cover.size)))
+    return found
 
 
 class Admission(NamedTuple):

@@ -12,6 +12,7 @@ With overlap, plan and begin of step n+1 come before retire and commit of step n
 
 import bisect
 import heapq
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
@@ -22,8 +23,7 @@ from jaxinfer.host.plan import Admission, Plan
 from jaxinfer.host.prefix import PrefixCache
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
-
-LATELY = 1024  # requests within which a tenant counts as one that asks
+from jaxinfer.host.tenancy import Tenancy
 
 
 class Scheduler:
@@ -40,7 +40,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefill_debt: dict[str, int] = {}  # by tenant: tokens that decodes make up for
         self.chunks_under_way: list[str] = []  # their tenants
-        self.last_asked: dict[str, int] = {}  # by tenant: the order of its last request
+        self.tenancy = Tenancy()
         self.num_arrived = 0
         self._eos = frozenset(eos_token_ids)
 
@@ -55,10 +55,7 @@ class Scheduler:
         sequence = Sequence(order=self.num_arrived, request=request)
         self.num_arrived += 1
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
-        if request.turn:
-            self.last_asked[sequence.tenant] = sequence.order
-            oldest = sequence.order - LATELY
-            self.last_asked = {name: at for name, at in self.last_asked.items() if at > oldest}
+        self.tenancy.asks(sequence, (*self.running, *self.waiting))
         return sequence
 
     def overdue(self, now_s: float, pace: Pace | None = None) -> list[Sequence]:
@@ -83,6 +80,8 @@ class Scheduler:
 
         The first in line gets what it needs; where pages run out, one of those behind gives way.
         """
+        running, is_open = self.running, True
+        standing = self.tenancy.standing(running, self.waiting, self.config.num_slots)
         draft = Draft(
             self.config,
             self.pool,
@@ -90,14 +89,13 @@ class Scheduler:
             cached_pages=self.cached_pages,
             prefill_debt=self.prefill_debt,
             under_way=self.chunks_under_way,
-            num_tenants=len(self.last_asked),
+            standing=standing,
         )
-        running, is_open = self.running, True
         for sequence in running:
             if not sequence.is_prefilling:
                 draft.decode(sequence)
-        prefilling = (sequence for sequence in running if sequence.is_prefilling)
-        for sequence in heapq.merge(prefilling, self.waiting, key=_place):
+        prefilling = [sequence for sequence in running if sequence.is_prefilling]
+        for sequence in _in_turn(prefilling, self.waiting, standing.has_its_share):
             if sequence.slot is None:
                 is_open = is_open and draft.admit(sequence)
             elif not draft.must_pause(sequence):
@@ -198,8 +196,10 @@ class Scheduler:
             return {}
         left = {name: debt - paid_back for name, debt in self.prefill_debt.items()}
         debts = {name: debt for name, debt in left.items() if debt > 0}
+        ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
         for chunk in plan.chunks:
-            if not chunk.is_last:
+            is_long = chunk.sequence.num_to_prefill > self.config.prefill_chunks[-1]
+            if is_long and chunk.sequence not in ended:
                 name = chunk.sequence.tenant
                 debts[name] = debts.get(name, 0) + chunk.size
         return debts
@@ -319,6 +319,21 @@ class Scheduler:
             sequence.slot = None
 
 
+def _in_turn(
+    prefilling: list[Sequence], waiting: list[Sequence], has_its_share: Callable[[Sequence], bool]
+) -> list[Sequence]:
+    """Who prefills first: those that hold a slot, but tenants in their turn, slot or none.
+
+    What tenants have begun that have their share goes behind what others wait for.
+    """
+    later = [sequence for sequence in prefilling if has_its_share(sequence)]
+    sooner = [sequence for sequence in prefilling if sequence not in later]
+    num_ahead = next((at for at, one in enumerate(waiting) if has_its_share(one)), len(waiting))
+    return [
+        *heapq.merge(sooner, waiting[:num_ahead], key=_place),
+        *heapq.merge(later, waiting[num_ahead:], key=_place),
+    ]
+
+
 def _place(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
-    """Who prefills first: those that hold a slot, but tenants in their turn, slot or none."""
     return (sequence.slot is None and not sequence.request.turn, sequence.rank)

@@ -48,7 +48,8 @@ def save(scheduler: Scheduler) -> State:
         "num_arrived": scheduler.num_arrived,
         "num_preemptions": scheduler.num_preemptions,
         "prefill_debt": dict(scheduler.prefill_debt),
-        "last_asked": dict(scheduler.last_asked),
+        "last_asked": dict(scheduler.tenancy.last_asked),
+        "peaks": dict(scheduler.tenancy.peaks),
         "peak_owned": scheduler.pool.peak_owned,
         "num_evicted": scheduler.pool.num_evicted,
         "num_queried": stats.num_queried_tokens,
@@ -80,7 +81,8 @@ def load(
     scheduler.num_arrived = state["num_arrived"]
     scheduler.num_preemptions = state["num_preemptions"]
     scheduler.prefill_debt = dict(state["prefill_debt"])
-    scheduler.last_asked = dict(state["last_asked"])
+    scheduler.tenancy.last_asked = dict(state["last_asked"])
+    scheduler.tenancy.peaks = dict(state["peaks"])
     scheduler.check_integrity()
     return scheduler
 

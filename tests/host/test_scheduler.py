@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, FinishReason, Request, SamplingParams
 from jaxinfer.host.scenario import STEP, Event, Scenario
@@ -175,3 +177,23 @@ def test_overdue_lists_what_is_past_its_deadline():
     scheduler.add(make_request("free", [1]))
     assert scheduler.overdue(4.9) == []
     assert scheduler.overdue(5.0) == [late]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_static_batch_begins_in_one_step_and_nobody_joins_it(overlap):
+    config = dataclasses.replace(
+        CONFIG, batching="static", max_prefill_tokens=8, cache=CacheConfig(page_size=4)
+    )
+    world = World(config, overlap=overlap)
+    for name, max_tokens in (("a", 2), ("b", 12), ("c", 5), ("d", 3)):
+        world.add(make_request(name, range(14), max_tokens=max_tokens, ignore_eos=True))
+    plan = world.step()
+    assert [one.sequence.request.request_id for one in plan.admit] == ["a", "b", "c"]
+    assert sum(chunk.size for chunk in plan.chunks) == 3 * 16  # past max_prefill_tokens
+    held = []
+    while world.scheduler.waiting:
+        held.append([one.request.request_id for one in world.scheduler.running])
+        plan = world.step()
+        assert bool(plan.admit) == (not held[-1])
+    assert ["b"] in held  # two slots stood empty while one request was left
+    world.drain()

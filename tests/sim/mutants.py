@@ -290,7 +290,7 @@ MUTANTS = [
     Mutant(
         "the budget is ignored",
         draft,
-        "return not self._chunks or size <= self._prefill_budget",
+        "return chunk.size <= self._prefill_budget",
         "return True",
     ),
     Mutant(
