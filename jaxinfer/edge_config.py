@@ -39,12 +39,14 @@ class ServerConfig:
     """Prompt tokens that may wait in all; one request more is refused. 0: no bound of its own."""
     max_chat_messages: int = 4096
     """Messages of one conversation; one more is refused before the chat template runs."""
-    max_streams: int = 1024
-    """Calls at once on one connection. Lower: a client that floods delays others less; but one
-    that asks for more at once may be refused, also where it waits for its turn."""
-    refuse_resets: bool = False
-    """gRPC's own guard against calls that are taken back at once. Where strangers can connect; it
-    also refuses calls of honest clients that ask for many at once, and can't say when to retry."""
+    max_streams: int = 0
+    """Calls at once on one connection; 0: 1024, and 128 where other machines reach the server.
+    Lower: a client that floods delays others less; but one that asks for more at once may be
+    refused, also where it waits for its turn."""
+    refuse_resets: Literal["auto", "on", "off"] = "auto"
+    """gRPC's own guard against calls that are taken back at once; auto: on where other machines
+    reach the server. It also refuses calls of honest clients that ask for many at once, and can't
+    say when to retry."""
     max_connections: int = 1000
     """Connections at once on one port; one more is closed as it comes."""
 
@@ -54,7 +56,7 @@ class ServerConfig:
                 raise ConfigError(
                     f"server.{key} is {getattr(self, key)}; it must be from 0 to 65535"
                 )
-        for key in ("max_streams", "max_connections", "max_message_bytes", "max_chat_messages"):
+        for key in ("max_connections", "max_message_bytes", "max_chat_messages"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"server.{key} is {getattr(self, key)}; it must be at least 1")
         for key in (
@@ -63,6 +65,7 @@ class ServerConfig:
             "stall_limit_s",
             "reader_limit_s",
             "max_waiting_tokens",
+            "max_streams",
         ):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(

@@ -327,6 +327,7 @@ async def _run(
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    limits = exposure.stream_limits(config)
     return [
         ("grpc.so_reuseport", 0),  # or two servers would share a port, and each its half
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -340,8 +341,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         ("grpc.server.max_pending_requests", MAX_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
-        ("grpc.max_concurrent_streams", config.max_streams),
-        ("grpc.http.overload_protection", int(config.refuse_resets)),
+        ("grpc.max_concurrent_streams", limits.max_streams),
+        ("grpc.http.overload_protection", int(limits.refuses_resets)),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),

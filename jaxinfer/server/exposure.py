@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxinfer.edge_config import SecurityConfig, ServerConfig
 from jaxinfer.errors import ConfigError
@@ -45,6 +46,20 @@ def is_loopback(host: str) -> bool:
         return False
     texts = (str(entry[4][0]).partition("%")[0] for entry in found)
     return bool(host) and all(ipaddress.ip_address(text).is_loopback for text in texts)
+
+
+class StreamLimits(NamedTuple):
+    """What one connection may do."""
+
+    max_streams: int
+    refuses_resets: bool
+
+
+def stream_limits(server: ServerConfig) -> StreamLimits:
+    """The bounds of a connection: closer ones where strangers can open it."""
+    is_open = not is_loopback(server.host)
+    refuses = is_open if server.refuse_resets == "auto" else server.refuse_resets == "on"
+    return StreamLimits(server.max_streams or (128 if is_open else 1024), refuses)
 
 
 def _exposure(server: ServerConfig, security: SecurityConfig) -> str:

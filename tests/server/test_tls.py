@@ -338,3 +338,12 @@ def test_commands_show_who_asks_by_the_environment(security, ca, tmp_path, monke
         assert run(bench) == 0
         found = json.loads(capsys.readouterr().out)
     assert [one["status"] for one in found["requests"]] == [events.OK] * 2, found
+
+
+def test_connections_of_other_machines_are_bound_closer():
+    far, near = ServerConfig(host="0.0.0.0"), ServerConfig()
+    assert exposure.stream_limits(far) == (128, True)
+    assert exposure.stream_limits(near) == (1024, False)
+    chosen = replace(far, max_streams=7, refuse_resets="off")
+    assert exposure.stream_limits(chosen) == (7, False)
+    assert exposure.stream_limits(replace(near, refuse_resets="on")) == (1024, True)
