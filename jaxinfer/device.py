@@ -19,8 +19,8 @@ from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
 from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
-from jaxinfer.selftest import SelfTest
 from jaxinfer.store import Store
+from jaxinfer.verdict import SelfTest
 
 Watch = Callable[[np.ndarray], None]
 
@@ -165,6 +165,7 @@ class Device:
             config,
             programs,
             rebuild=lambda shape: programs_of.rebuild(shape, params, model, config, store=store),
+            store=store,
         )
         self.config, self.cache = tested.config, tested.cache
         self.allocate = tested.programs[ALLOCATE]

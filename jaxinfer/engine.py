@@ -45,8 +45,8 @@ from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.snapshot import Saved, Snapshot
 from jaxinfer.inputs import StepOutput
 from jaxinfer.scoring import Scorer
-from jaxinfer.selftest import SelfTest
 from jaxinfer.store import Store
+from jaxinfer.verdict import SelfTest
 
 MAX_RECOVERIES_IN_A_ROW = 3
 log = logging.getLogger(__name__)

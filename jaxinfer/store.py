@@ -21,6 +21,7 @@ from jaxinfer.errors import ConfigError, ProgramRefused
 
 MAGIC = b"jaxinfer program 1\n"
 SUFFIX = ".program"
+NOTE_SUFFIX = ".verdict"
 MAX_FILES = 512  # the least recently used ones beyond this go
 _STRAY_S = 3600.0  # a temporary file of this age has lost its writer
 _CHECKSUM_LEN = 32
@@ -142,22 +143,45 @@ class Store:
         except (OSError, *_UNREADABLE) as error:
             log.warning("%s can't be kept: %s", path, error)
 
+    def recall(self, key: Key) -> dict[str, Any] | None:
+        """What `remember` was told under this key; None where nothing is there to be trusted."""
+        try:
+            kept = json.loads(_read_body(self._note(key)))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, ProgramRefused) as error:
+            log.warning("%s", error)
+            return None
+        return kept["about"] if kept["key"] == dict(key) else None
+
+    def remember(self, key: Key, about: Mapping[str, Any]) -> None:
+        """Keeps what was found out about programs, with the same care as programs."""
+        body = json.dumps({"key": dict(key), "about": dict(about)}, sort_keys=True).encode()
+        try:
+            _write(self._note(key), _sealed(body))
+        except OSError as error:
+            log.warning("%s can't be kept: %s", self._note(key), error)
+
     def prune(self) -> None:
         """Forgets the least recently used programs beyond MAX_FILES, and what writers left."""
         try:
-            kept = sorted(self.folder.glob(f"*{SUFFIX}"), key=_last_used, reverse=True)
-            strays = [
-                path
-                for path in self.folder.glob(f"*{SUFFIX}.*")
-                if time.time() - _last_used(path) > _STRAY_S
-            ]
-            for path in (*kept[MAX_FILES:], *strays):
-                path.unlink(missing_ok=True)
+            for suffix in (SUFFIX, NOTE_SUFFIX):
+                kept = sorted(self.folder.glob(f"*{suffix}"), key=_last_used, reverse=True)
+                strays = [
+                    path
+                    for path in self.folder.glob(f"*{suffix}.*")
+                    if time.time() - _last_used(path) > _STRAY_S
+                ]
+                for path in (*kept[MAX_FILES:], *strays):
+                    path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s can't be tidied: %s", self.folder, error)
 
     def _path(self, name: str, key: Key) -> Path:
         return self.folder / f"{name}-{digest(key)[:32]}{SUFFIX}"
+
+    def _note(self, key: Key) -> Path:
+        return self.folder / f"{digest(key)[:32]}{NOTE_SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -265,7 +289,10 @@ def _revive(path: Path, executable: bytes, trees: Trees, devices: Devices) -> ja
 
 def _pack(key: Key, cost: ProgramCost, executable: bytes) -> bytes:
     header = json.dumps({"key": dict(key), "cost": asdict(cost)}, sort_keys=True).encode()
-    body = len(header).to_bytes(4, "big") + header + executable
+    return _sealed(len(header).to_bytes(4, "big") + header + executable)
+
+
+def _sealed(body: bytes) -> bytes:
     return MAGIC + hashlib.sha256(body).digest() + body
 
 

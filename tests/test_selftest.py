@@ -1,6 +1,7 @@
 """The self-test of a start: planted faults are found, and the engine goes on without them."""
 
 import functools
+import shutil
 from dataclasses import replace
 
 import jax
@@ -211,3 +212,28 @@ def test_programs_are_loaded_while_weights_are_read():
     found = [future.result() for future in ahead.under_way.values()]
     loaded = {id(one.run) for one in found if one is not None}
     assert {id(program.run) for program in engine.programs.values()} <= loaded
+
+
+def test_what_a_start_has_found_of_stored_programs_holds_for_the_next():
+    store = open_store(kept().folder)
+    first, second = make_engine(store), make_engine(store)
+    assert second.self_test.is_recalled and second.self_test.is_exact
+    assert second.self_test.groups == first.self_test.groups
+    wanted, found = tiny.run(first, REQUESTS[:3]), tiny.run(second, REQUESTS[:3])
+    assert all(found[name].logprobs == answer.logprobs for name, answer in wanted.items())
+
+
+def test_a_damaged_verdict_is_found_anew(tmp_path, caplog):
+    shutil.copytree(kept().folder, tmp_path / "programs")
+    store = open_store(tmp_path / "programs")
+    assert make_engine(store).self_test.is_recalled
+    for path in store.folder.glob("*.verdict"):
+        path.write_bytes(path.read_bytes().replace(b"decode", b"edocde"))
+    again = make_engine(store)
+    assert again.self_test.is_exact and not again.self_test.is_recalled
+    assert "is damaged" in caplog.text
+
+
+def test_programs_that_were_just_compiled_are_compared(tmp_path):
+    engine = make_engine(open_store(tmp_path / "programs"))
+    assert engine.self_test.is_exact and not engine.self_test.is_recalled
