@@ -1,15 +1,17 @@
 """The paged cache: per layer a pool of key pages and a pool of value pages."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.dims import Leaf
+from jaxinfer.kernels.paged_attention import rounded
 from jaxinfer.spec import ArraySpec, map_specs
 
 _LANES = 128  # of a TPU's vector registers
@@ -21,21 +23,16 @@ _STORES_BITS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0,
 class Cache(NamedTuple):
     """All that the device remembers between steps; a step consumes one and returns the next."""
 
-    k: tuple[Leaf, ...]  # L x [K, P, C, H]
-    v: tuple[Leaf, ...]  # L x [K, P, C, H]
+    k: tuple[Leaf, ...]  # L x [K, P, C, H]; in int8 [K, P, C, H + 4], see kernels' `rounded`
+    v: tuple[Leaf, ...]
     last_tokens: Leaf  # i32 [slots + 1]: each slot's last sampled token; the last entry is trash
 
 
 def spec(model: ModelConfig, engine: EngineConfig) -> Cache:
     """Describes every array of the cache; the pool's last page is the trash page."""
-    width = head_width(model.head_dim, engine.attention)
+    width = head_width(model.head_dim, engine)
     shape = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, width)
-    pages = ArraySpec(
-        shape,
-        ("kv_heads", None, None, None),
-        dtype=page_dtype(engine.compute_dtype, engine.attention),
-        init="zeros",
-    )
+    pages = ArraySpec(shape, ("kv_heads", None, None, None), dtype=page_dtype(engine), init="zeros")
     return Cache(
         k=(pages,) * model.num_layers,
         v=(pages,) * model.num_layers,
@@ -50,37 +47,53 @@ def make(model: ModelConfig, engine: EngineConfig) -> Cache:
 
 def bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int:
     """Bytes that one token takes in the pool, over all layers."""
-    width = 2 * model.num_kv_heads * head_width(model.head_dim, engine.attention)
-    return model.num_layers * width * jnp.dtype(engine.compute_dtype).itemsize
+    width = 2 * model.num_kv_heads * head_width(model.head_dim, engine)
+    return model.num_layers * width * page_dtype(engine).itemsize
 
 
-def page_dtype(compute_dtype: DTypeLike, attention: str = "reference") -> jnp.dtype:
-    """The dtype in which pages of a compute dtype are stored; kernels find the values as they are.
+def kept_dtype(engine: EngineConfig) -> str:
+    """What the values in pages are rounded to."""
+    return engine.compute_dtype if engine.cache.dtype == "auto" else engine.cache.dtype
+
+
+def page_dtype(engine: EngineConfig) -> jnp.dtype:
+    """The dtype in which pages are stored; kernels find the values as they are.
 
     They run where a bfloat16 scatter is in place.
     """
-    dtype = jnp.dtype(compute_dtype)
-    stores_bits = _STORES_BITS and attention == "reference" and dtype == jnp.bfloat16
+    dtype = jnp.dtype(kept_dtype(engine))
+    stores_bits = _STORES_BITS and engine.attention == "reference" and dtype == jnp.bfloat16
     return jnp.dtype(jnp.uint16) if stores_bits else dtype
 
 
-def head_width(head_dim: int, attention: str) -> int:
-    """Values of a token and head in a page: whole lanes for the TPU's kernel, zeros at the end.
+def head_width(head_dim: int, engine: EngineConfig) -> int:
+    """Elements of a token and head in a page: in int8 the scale is behind the values.
 
-    XLA:TPU lays a narrower pool out another way round, and copies all of it for a kernel.
+    Whole lanes for the TPU's kernel, zeros at the end: XLA:TPU lays a narrower pool out another
+    way round, and copies all of it for a kernel.
     """
-    return -(-head_dim // _LANES) * _LANES if attention == "pallas_tpu" else head_dim
+    if engine.cache.dtype == "int8":
+        return head_dim + rounded.SCALE_BYTES
+    return -(-head_dim // _LANES) * _LANES if engine.attention == "pallas_tpu" else head_dim
 
 
-def to_pages(x: Float[Array, "..."], pages: Leaf) -> Array:
-    """Rounds values to what the pages hold."""
+def to_pages(x: Float[Array, "... H"], pages: Leaf) -> Array:
+    """Rounds the values of heads to what the pages hold."""
+    if pages.dtype == jnp.int8:
+        return rounded.pack(x)
     if pages.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     return x.astype(pages.dtype)
 
 
-def from_pages(stored: Array) -> Array:
-    """The values of something read from pages."""
+def reader(engine: EngineConfig) -> Callable[..., Array]:
+    """The function that makes values of what is read from pages: `load` of paged attention."""
+    if engine.cache.dtype == "int8":
+        return functools.partial(rounded.unpack, dtype=engine.compute_dtype)
+    return _values
+
+
+def _values(stored: Array) -> Array:
     if stored.dtype == jnp.uint16:
         return lax.bitcast_convert_type(stored, jnp.bfloat16)
     return stored
@@ -118,7 +131,8 @@ def places(
 
 def write(pages: Leaf, new: Float[Array, "B T K H"], where: Places) -> Array:
     """The pool with the tokens of a step in their places; in place when the pool is donated."""
-    spare = pages.shape[-1] - new.shape[-1]
-    new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, spare))) if spare else new
-    rows = to_pages(new, pages).reshape(-1, *new.shape[2:])
+    kept = to_pages(new, pages)
+    spare = pages.shape[-1] - kept.shape[-1]
+    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, spare))) if spare else kept
+    rows = kept.reshape(-1, *kept.shape[2:])
     return pages.at[:, where.pages, where.offsets].set(jnp.swapaxes(rows, 0, 1))

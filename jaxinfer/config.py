@@ -123,6 +123,12 @@ class EngineConfig:
     """
     attention_block: int = 128
     """Tokens that attention reduces at a time: a multiple of the page size."""
+    tiles: str = ""
+    """A file of `jaxinfer tune`: the kernel takes the tile sizes that were fastest on this device
+    for these heads and pages; without an entry for them it is refused. Empty: sizes by rule."""
+    attention_tiles: tuple[int, ...] = ()
+    """The sizes themselves, before any file: heads, rows (pallas_tpu); keys, split, stages
+    (pallas_gpu). [] leaves them to `tiles`, or to the rule."""
     overlap: bool = True
     """Plan and dispatch step n+1 while step n runs."""
     score_chunk: int = 0

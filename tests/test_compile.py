@@ -39,6 +39,12 @@ def test_costs_add_up():
     assert cache_bytes <= engine.device.allocate.output_bytes < cache_bytes + 4096
 
 
+def test_a_step_computes_the_rotation_once_for_all_layers_and_heads():
+    for program in kept().engine.programs.values():
+        text = program.text()
+        assert (text.count(" cosine("), text.count(" sine(")) == (1, 1)
+
+
 def test_a_second_start_neither_traces_nor_compiles_and_answers_with_the_same_bits():
     before = programs_of.num_compiles()
     traced = []

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
+from jaxinfer.bench import floors
 from jaxinfer.compile import Shape
 from jaxinfer.engine import Engine
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
@@ -108,10 +108,8 @@ def measure(
 
 def step_bytes(engine: Engine, *, active: int, context: int) -> int:
     """Bytes that one decode step must read: every weight once, and the cached tokens."""
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params))
-    if not engine.model.tie_embeddings:
-        weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(engine.device.params.embedding))
-    return weights + active * context * paged.bytes_per_token(engine.model, engine.config)
+    parts = engine.device.params, engine.model, engine.config
+    return floors.decode_bytes(*parts, active=active, context=context)
 
 
 def _read_probe() -> Callable[[], float]:

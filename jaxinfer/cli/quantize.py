@@ -1,5 +1,6 @@
 """`jaxinfer quantize`: a checkpoint with int8 weights, and how far it is from the model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def quantize(
     settings = common.load()
     check_numbers(tokens, window)
     from jaxinfer import weights
+    from jaxinfer.config import CacheConfig
     from jaxinfer.quality import report
     from jaxinfer.quality.validate import validate as compare
     from jaxinfer.weights.checkpoint import digest
@@ -62,7 +64,7 @@ def quantize(
         found = compare(
             reference,
             candidate,
-            engine=settings.engine,
+            engine=replace(settings.engine, cache=CacheConfig()),  # the report is of the weights
             files=text,
             max_tokens=tokens,
             window=window,

@@ -34,7 +34,8 @@ def validate(
     """Compares a quantised model with its reference, and exits with 1 beyond a bound.
 
     The report of a folder that `jaxinfer quantize` wrote is stored in it; a load looks there. With
-    --quant an ordinary model is compared with itself, quantised; that stores nothing.
+    --quant an ordinary model is compared with itself, quantised; that stores nothing. With
+    --engine.cache.dtype int8 the candidate keeps keys and values in int8, the reference does not.
 
     Parameters
     ----------
@@ -61,8 +62,12 @@ def validate(
     with progress.shown() as show:
         source = weights.describe(settings.model, progress=show)
         is_stored = source.config.quant != "none"
-        if not is_stored and settings.quant.scheme == "none":
-            raise ConfigError(f"{source.name} is not quantised; give --quant w8a8 to try that")
+        keeps_int8 = settings.engine.cache.dtype == "int8"
+        if not is_stored and settings.quant.scheme == "none" and not keeps_int8:
+            raise ConfigError(
+                f"{source.name} is not quantised; give --quant w8a8 to try that, "
+                "or --engine.cache.dtype int8"
+            )
         if is_stored and reference is None:
             raise ConfigError("--reference is missing: the model that the candidate was made of")
         first, second = load_both(settings, reference, is_stored=is_stored, show=show)
@@ -76,7 +81,9 @@ def validate(
             weights=digest(source.path) if is_stored else "",
             progress=show,
         )
-    paths = ([gate.place(source)] if is_stored else []) + ([out] if out else [])
+    # The report of a folder is one of its weights alone.
+    is_kept = is_stored and not keeps_int8
+    paths = ([gate.place(source)] if is_kept else []) + ([out] if out else [])
     for path in paths:
         report.write(found, path)
     return say(found, settings, paths, as_json=as_json)
@@ -91,6 +98,8 @@ def load_both(
     scheme, dtype = settings.quant.scheme, settings.engine.compute_dtype
     first = weights.load(reference or settings.model, dtype=dtype, progress=show)
     if not is_stored and reference is None:
+        if scheme == "none":
+            return first, first
         return first, weights.quantised(first, scheme, progress=show)
     return first, weights.load(settings.model, dtype=dtype, quant=scheme, progress=show)
 

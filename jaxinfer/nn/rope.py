@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import ModelConfig, RopeScaling
@@ -18,10 +19,19 @@ class Rotation(NamedTuple):
 
 
 def angles(positions: Int[Array, "B T"], *, config: ModelConfig) -> Rotation:
-    """The rotation at each position (Su et al. 2021)."""
+    """The rotation at each position (Su et al. 2021).
+
+    The branch is always taken. What comes out of one is stored; without it XLA:CPU computes the
+    cosine again for every head of every layer.
+    """
     frequencies = inverse_frequencies(config)
-    angle = positions[..., None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :])
+
+    def compute() -> Rotation:
+        angle = positions[..., None].astype(jnp.float32) * frequencies
+        return Rotation(jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :])
+
+    nothing = jnp.zeros((*positions.shape, 1, len(frequencies)), jnp.float32)
+    return lax.cond(jnp.max(positions) >= 0, compute, lambda: Rotation(nothing, nothing))
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:

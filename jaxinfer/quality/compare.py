@@ -1,7 +1,8 @@
-"""Two sets of weights through the same forward, token by token."""
+"""Two models, or two ways to keep one, through the same forward, token by token."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,12 @@ class Model(NamedTuple):
 
     params: Any
     config: ModelConfig
+
+
+class _Side(NamedTuple):
+    params: Any
+    model: ModelConfig
+    engine: EngineConfig
 
 
 class Compared(NamedTuple):
@@ -53,17 +60,20 @@ def compare(
 ) -> list[Compared]:
     """Runs each window through both models, as a prefill of its tokens would be served.
 
-    `size` is the length of the longest window. Both have the dtype, attention and cache that
-    `engine` says; what differs between them is the weights and nothing else.
+    `size` is the length of the longest window. Both have the dtype and attention that `engine`
+    says; what differs between them is the weights, and that the reference keeps its keys and
+    values in that dtype whatever engine.cache.dtype says.
     """
     config = _one_chunk(engine, size)
+    plain = replace(config, cache=replace(config.cache, dtype="auto"))
+    sides = (_Side(*reference, plain), _Side(*candidate, config))
     packed = [jnp.asarray(_pack(piece.tokens, config, size)) for piece in pieces]
-    empty = paged.make(reference.config, config)
-    examples = (reference.params, candidate.params, empty, packed[0])
-    both = compile_function(_both(reference.config, candidate.config, config, size), *examples)
+    held = [(side.params, paged.make(side.model, side.engine)) for side in sides]
+    kinds = [(side.model, side.engine) for side in sides]
+    both = compile_function(_both(kinds, size), held, packed[0])
     found = []
     for number, (piece, batch) in enumerate(zip(pieces, packed, strict=True), start=1):
-        leaves = both(reference.params, candidate.params, empty, batch)
+        leaves = both(held, batch)
         kept = [np.asarray(leaf)[: len(piece.tokens) - 1] for leaf in leaves]
         found.append(Compared(*kept, targets=piece.tokens[1:]))
         progress("compare", number, len(pieces))
@@ -77,26 +87,25 @@ def _one_chunk(engine: EngineConfig, size: int) -> EngineConfig:
     return EngineConfig(**{**vars(engine), **changes, "cache": cache, "score_chunk": 0})
 
 
-def _both(reference: ModelConfig, candidate: ModelConfig, engine: EngineConfig, size: int) -> Any:
-    exact = engine.bits == "exact"
+def _both(kinds: Sequence[tuple[ModelConfig, EngineConfig]], size: int) -> Any:
+    """A function of weights and an empty cache for each side, and a packed window."""
 
-    def head(model: ModelConfig, params: Any, x: Array) -> Array:
+    def head(model: ModelConfig, engine: EngineConfig, params: Any, x: Array) -> Array:
+        exact = engine.bits == "exact"
         logits = models.module_of(model).head(params, x, config=model, exact=exact)
         return jax.nn.log_softmax(logits)
 
-    def compare_logits(
-        reference_params: Any, candidate_params: Any, cache: Any, packed: Any
-    ) -> tuple[Array, ...]:
+    def compare_logits(held: Sequence[tuple[Any, Any]], packed: Any) -> tuple[Array, ...]:
         batch = unpack(packed[:, :-size], tokens=size)
-        sides = ((reference, reference_params), (candidate, candidate_params))
         hidden = [
             step.hidden(params, cache, batch, model=model, engine=engine)[1]
-            for model, params in sides
+            for (model, engine), (params, cache) in zip(kinds, held, strict=True)
         ]
 
         def some(given: tuple[Array, Array, Array]) -> tuple[Array, ...]:
             first, second = (
-                head(model, params, x) for (model, params), x in zip(sides, given[:2], strict=True)
+                head(*kind, params, x)
+                for kind, (params, _), x in zip(kinds, held, given[:2], strict=True)
             )
             kl = jnp.sum(jnp.exp(first) * (first - second), axis=-1)
             wanted = given[2][:, None]

@@ -60,6 +60,7 @@ class Report:
     reference: str
     candidate: str
     scheme: str
+    """Of the weights; and of the pages, where they are kept in another way than the reference's."""
     weights: str
     """A digest of the candidate's folder; empty where it was quantised as it was loaded."""
     compute_dtype: str

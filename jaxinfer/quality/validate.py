@@ -55,7 +55,7 @@ def validate(
         format=FORMAT,
         reference=reference.name,
         candidate=candidate.name,
-        scheme=candidate.config.quant,
+        scheme=_scheme(candidate, engine),
         weights=weights,
         compute_dtype=engine.compute_dtype,
         environment=f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
@@ -64,6 +64,11 @@ def validate(
         texts=tuple(sums),
         kinds=_by_kind(pieces[BUNDLED], found),
     )
+
+
+def _scheme(candidate: Checkpoint, engine: EngineConfig) -> str:
+    kept = engine.cache.dtype
+    return candidate.config.quant if kept == "auto" else f"{candidate.config.quant}, {kept} pages"
 
 
 def _by_kind(pieces: Sequence[Window], found: Sequence[Compared]) -> tuple[Figures, ...]:

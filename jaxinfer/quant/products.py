@@ -6,6 +6,7 @@ floating point is element by element; barriers keep a compiler from joining its 
 that follows, which rounds once in one program and twice in another.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,11 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8, Int32
 
+from jaxinfer.dims import Leaf
+from jaxinfer.exact import largest
 from jaxinfer.quant.leaf import QTensor
 from jaxinfer.quant.rounding import LARGEST, hadamard
 
 SMALLEST = 1e-30  # rows whose values are all smaller count as zero
-MIN_DOT_ROWS = 8  # one row alone leaves XLA:CPU's path for many, and is 15 times as slow
+MIN_DOT_ROWS = 2  # one row alone leaves XLA:CPU's path for many, and is 15 times as slow
+MOST_FEW_ROWS = 8  # up to here a product is faster with the table first
+MIN_FLOAT_ROWS = 8  # fewer may have other bits
 
 
 class Tokens(NamedTuple):
@@ -33,12 +38,27 @@ def project(x: Float[Array, "rows K"], weight: QTensor, *, contract: int) -> Flo
     outer = weight.shape[: len(weight.shape) - contract]
     tokens = round_tokens(rotate(x, weight.block), num_digits=weight.digits)
     flat = tokens.digits.reshape(weight.digits * rows, inner)
-    spare = max(0, MIN_DOT_ROWS - len(flat))
-    flat = jnp.pad(flat, ((0, spare), (0, 0)))
     table = weight.codes.reshape(math.prod(outer), inner)
-    sums = lax.dot_general(flat, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    whole = _join(sums[: weight.digits * rows].reshape(weight.digits, rows, -1))
+    whole = _join(_sums(flat, table).reshape(weight.digits, rows, -1))
     return lax.optimization_barrier(whole * tokens.scale * weight.scale.reshape(1, -1))
+
+
+def _sums(rows: Int8[Array, "rows K"], table: Leaf) -> Int32[Array, "rows N"]:
+    """The products of all rows with all of the table's ([N, K]), exact in any order of summing.
+
+    The table comes first where there are few rows: XLA:CPU then reads it as it lies, and what it
+    lays out anew is the other side.
+    """
+    dot = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    count = len(rows)
+    if count > MOST_FEW_ROWS:
+        return dot(rows, table)
+    few = jnp.pad(rows, ((0, max(0, MIN_DOT_ROWS - count)), (0, 0)))
+    return dot(table, few)[:, :count].T
 
 
 def embed(weight: QTensor, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -53,7 +73,7 @@ def rotate(x: Float[Array, "... K"], block: int) -> Float[Array, "... K"]:
         return x
     flat = x.reshape(-1, block)
     rows = len(flat)
-    flat = jnp.pad(flat, ((0, max(0, MIN_DOT_ROWS - rows)), (0, 0)))
+    flat = jnp.pad(flat, ((0, max(0, MIN_FLOAT_ROWS - rows)), (0, 0)))
     out = lax.dot_general(
         flat,
         jnp.asarray(hadamard(block)),
@@ -69,11 +89,11 @@ def round_tokens(x: Float[Array, "rows K"], *, num_digits: int) -> Tokens:
 
     Two digits hold x as a whole number of 15 bits and a sign, split as 256 * high + low.
     """
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    most = largest(x)
     top = LARGEST if num_digits == 1 else LARGEST * 256 + LARGEST
-    inverse = jnp.where(largest < SMALLEST, 0.0, top / largest)
+    inverse = jnp.where(most < SMALLEST, 0.0, top / most)
     whole = jnp.round(x * inverse)
-    scale = largest * jnp.float32(1 / top) * (1 if num_digits == 1 else 256)
+    scale = most * jnp.float32(1 / top) * (1 if num_digits == 1 else 256)
     if num_digits == 1:
         return Tokens(whole.astype(jnp.int8)[None], scale)
     both = whole.astype(jnp.int32)

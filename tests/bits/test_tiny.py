@@ -12,7 +12,8 @@ from jaxinfer.host.request import FinishReason, Request
 from tests.bits import world
 from tests.bits.world import Answer, Faults
 
-FEW, MANY = (60, 125), (300, 1250)  # distinct requests, and arrivals at each set-up and dtype
+# Distinct requests, and arrivals at each set-up and dtype.
+FEWEST, FEW, MANY = (12, 30), (60, 125), (300, 1250)
 
 
 def chaos(
@@ -70,11 +71,30 @@ def chaos(
 def test_no_bit_differs_from_alone(
     dtype: str, size: tuple[int, int], setups: tuple[int, ...]
 ) -> None:
+    check(dtype, size, setups)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "setups"),
+    [
+        pytest.param("bfloat16", FEWEST, (0,), id="few"),
+        pytest.param("float32", MANY, (0, 1), id="many-float32", marks=pytest.mark.full),
+        pytest.param("bfloat16", MANY, (0, 1), id="many-bfloat16", marks=pytest.mark.full),
+    ],
+)
+def test_no_bit_differs_from_alone_with_int8_pages(
+    dtype: str, size: tuple[int, int], setups: tuple[int, ...]
+) -> None:
+    check(dtype, size, setups, pages="int8")
+
+
+def check(dtype: str, size: tuple[int, int], setups: tuple[int, ...], pages: str = "auto") -> None:
+    """Fails where an answer has other bits than alone, or where too little has happened."""
     num_distinct, num_arrivals = size
     requests = world.make_requests(num_distinct, seed=5)
     seen, expected = Counter[str](), {}
     for setup in setups:
-        engine = world.shared_engine(dtype, setup)
+        engine = world.shared_engine(dtype, setup, pages=pages)
         if not expected:
             expected = {one.request_id: world.alone(engine, one) for one in requests}
         seen += chaos(engine, requests, expected, count=num_arrivals, seed=setup)
@@ -104,8 +124,9 @@ def test_a_single_bit_is_counted() -> None:
     assert world.differing_bits(Answer((1,), (-0.5,), FinishReason.CANCELLED), one) == 0
 
 
-def test_poison_would_be_seen() -> None:
-    engine = world.shared_engine("bfloat16")
+@pytest.mark.parametrize("pages", ["auto", "int8"])
+def test_poison_would_be_seen(pages: str) -> None:
+    engine = world.shared_engine("bfloat16", pages=pages)
     request = world.make_requests(1, seed=1)[0]
 
     def spoil(step: int) -> None:

@@ -40,7 +40,12 @@ SETUPS: tuple[dict[str, Any], ...] = (
     {"decode_rows": (32,), "prefill_chunks": (8, 16, 32), "max_prefill_tokens": 8},
     {"cache": CacheConfig(page_size=4, num_pages=100), "num_slots": 20, "decode_rows": (16, 24)},
 )
-_NAN_BITS = {jnp.dtype(jnp.uint16): 0x7FC0}  # bfloat16 pages are stored as bits
+INT8_SETUPS: tuple[dict[str, Any], ...] = (
+    {"cache": CacheConfig(page_size=8, num_pages=72, dtype="int8")},
+    {"cache": CacheConfig(page_size=4, num_pages=100, dtype="int8")} | {"num_slots": 20},
+)
+# bfloat16 pages are stored as bits; four bytes of -1 are a scale of int8 pages that is NaN.
+_NAN_BITS = {jnp.dtype(jnp.uint16): 0x7FC0, jnp.dtype(jnp.int8): -1}
 
 
 class Answer(NamedTuple):
@@ -67,9 +72,9 @@ def make_config(dtype: str, **changes: Any) -> EngineConfig:
 
 
 @functools.cache
-def shared_engine(dtype: str, setup: int = 0) -> Engine:
+def shared_engine(dtype: str, setup: int = 0, *, pages: str = "auto") -> Engine:
     """An engine that several tests use, one after the other."""
-    return make_engine(dtype, **SETUPS[setup])
+    return make_engine(dtype, **(SETUPS if pages == "auto" else INT8_SETUPS)[setup])
 
 
 def make_engine(dtype: str, **changes: Any) -> Engine:

@@ -22,6 +22,8 @@ REFUSED = {
     "huge blocks on a TPU": ("pallas_tpu", TPU._replace(block=2**15), "attention_block = 32768"),
     "a GPU kernel on a CPU": ("pallas_gpu", CPU, "needs a GPU, and this is a cpu"),
     "an older GPU": ("pallas_gpu", H200._replace(capability="8.0"), "compute capability is 8.0"),
+    "int8 pages on a TPU": ("pallas_tpu", TPU._replace(dtype="int8"), "not of int8"),
+    "int8 pages on a GPU": ("pallas_gpu", H200._replace(dtype="int8"), "not of int8"),
     "float32 on a GPU": ("pallas_gpu", H200._replace(dtype="float32"), "not of float32"),
     "heads of 80 on a GPU": ("pallas_gpu", H200._replace(head_dim=80), "multiple of 64, not of 80"),
     "huge heads on a GPU": ("pallas_gpu", H200._replace(head_dim=512), "hold heads of 512"),

@@ -87,15 +87,16 @@ def test_a_rows_bits_depend_on_the_row_alone(digits):
     assert moved.tobytes() == whole[order].tobytes()
 
 
-def test_what_is_not_finite_stays_so_in_its_row_alone():
-    x, plain = values(4, 64, 16)
+@pytest.mark.parametrize("rows", [4, 70])  # XLA:CPU sums 4,096 elements and more by other code
+def test_what_is_not_finite_stays_so_in_its_row_alone(rows):
+    x, plain = values(rows, 64, 16)
     weight = quantise("w", plain[1:], contract=1, digits=1)
     clean = np.asarray(linear.project(jnp.asarray(x), weight))
     for bad in (np.nan, np.inf):
         x[2, 5] = bad
         found = np.asarray(linear.project(jnp.asarray(x), weight))
         assert not np.isfinite(found[2]).any()
-        assert found[[0, 1, 3]].tobytes() == clean[[0, 1, 3]].tobytes()
+        assert np.delete(found, 2, 0).tobytes() == np.delete(clean, 2, 0).tobytes()
 
 
 def test_axes_are_summed_over_as_with_a_plain_weight():

@@ -33,21 +33,25 @@ def paged_attention(
     *,
     block: int,
     window: int = 0,
-    load: Callable[[Array], Array] = lambda stored: stored,
+    load: Callable[..., Array] = lambda stored: stored,
     exact: bool = True,
+    tiles: tuple[int, ...] = (),
 ) -> Float[Array, "B T N H"]:
     """Row b's query t, at position starts[b] + t, attends to the tokens at positions up to its own.
 
     Pages are [K, P, C, H]; row b's token s lies in page page_table[b, s // C] at offset s % C, and
     the new tokens are already there. With a window only the last `window` positions are seen.
-    `load` turns what is stored into values. Queries t >= lengths[b] return zeros. What pages hold
-    outside a row's positions, NaN included, changes nothing.
+    `load` turns what is stored into values; int8 pages give it codes [..., H] and the bits of
+    their scales, which lie behind the codes (see `rounded`). Queries t >= lengths[b] return zeros.
+    What pages hold outside a row's positions, NaN included, changes nothing.
 
     Keys are reduced in blocks of `block` tokens, in order, so that a row's bits depend neither on
     its neighbours nor on the program that it runs in (Milakov and Gimelshein 2018 for the merge of
     blocks). The number of blocks follows the longest row, not the page table. Without `exact` few
     rows are not made many, and their bits may differ from those of the same rows among others.
+    `tiles` are the sizes of a kernel, () for its own; there are none here.
     """
+    del tiles
     rows, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
     group = num_heads // num_kv_heads
@@ -67,8 +71,8 @@ def paged_attention(
         if window:
             visible &= seen > last[..., None] - window
         owned = seen < owned_end[:, None]  # [B, S]
-        k_KBSH = load(_gather(k_pages, pages))
-        v_KBSH = load(_gather(v_pages, pages))
+        k_KBSH = load(*_gather(k_pages, pages, head_dim))
+        v_KBSH = load(*_gather(v_pages, pages, head_dim))
         v_KBSH = jnp.where(owned[None, ..., None], v_KBSH, jnp.zeros((), v_KBSH.dtype))
         return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible & owned[:, None], exact=exact)
 
@@ -103,17 +107,31 @@ def _group_queries(
     return jnp.pad(q_KBRH, ((0, 0), (0, 0), (0, padding), (0, 0))), padding
 
 
-def _gather(pages: Leaf, wanted: Int[Array, "B W"]) -> Array:
-    """The wanted pages of each row, end to end: [K, B, W * C, H].
+def _gather(pages: Leaf, wanted: Int[Array, "B W"], head_dim: int) -> tuple[Array, ...]:
+    """The wanted pages of each row, end to end: [K, B, W * C, H]; of int8 pages the scales beside.
 
-    Heads and pages are one axis for the gather, so that nothing is transposed after it.
+    Heads and pages are one axis for the gather, so that nothing is transposed after it. Codes and
+    scales are gathered apart: to cut them apart afterwards takes XLA:CPU longer than the gather.
     """
-    num_kv_heads, num_pages, page_size, head_dim = pages.shape
+    num_kv_heads, num_pages, page_size, width = pages.shape
     rows, count = wanted.shape
-    flat = pages.reshape(num_kv_heads * num_pages, page_size, head_dim)
-    places = jnp.arange(num_kv_heads)[:, None, None] * num_pages + wanted[None]
-    found = flat.at[places].get(mode="promise_in_bounds")
-    return found.reshape(num_kv_heads, rows, count * page_size, head_dim)
+    flat = pages.reshape(num_kv_heads * num_pages, page_size, width)
+    places = (jnp.arange(num_kv_heads)[:, None, None] * num_pages + wanted[None]).reshape(-1)
+
+    def part(first: int, size: int) -> Array:
+        starts = jnp.stack([places, jnp.full_like(places, first)], axis=1)
+        found = lax.gather(
+            flat,
+            starts,
+            lax.GatherDimensionNumbers((1, 2), (0,), (0, 2)),
+            (1, page_size, size),
+            mode="promise_in_bounds",
+        )
+        return found.reshape(num_kv_heads, rows, count * page_size, size)
+
+    if pages.dtype == jnp.int8:
+        return part(0, head_dim), part(head_dim, width - head_dim)
+    return (part(0, width),)
 
 
 def _merge(
