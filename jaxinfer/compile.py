@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxinfer import cache as paged
 from jaxinfer import models, step
@@ -20,7 +21,8 @@ from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.fingerprint import program_key
 from jaxinfer.inputs import Scores, StepOutput, packed_width, unpack
-from jaxinfer.spec import abstract
+from jaxinfer.sharding import Layout, layout_of
+from jaxinfer.spec import ArraySpec, abstract
 from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, StoreAhead, Trees, digest
 
 Progress = Callable[[str, int, int], None]
@@ -101,9 +103,9 @@ def build(
     progress: Progress = _silent,
 ) -> Programs:
     """Loads every step from the store, or compiles and keeps it; nothing compiles afterwards."""
-    arguments, devices = jax.tree.map(_abstract_leaf, params), _devices(params)
+    arguments, layout = jax.tree.map(_abstract_leaf, params), _layout(params, model)
     recipes = [
-        _step_recipe(shape, arguments, model, engine, devices)
+        _step_recipe(shape, arguments, model, engine, layout)
         for shape in (shapes(engine) if wanted is None else wanted)
     ]
     return _obtain(recipes, store, progress)
@@ -113,7 +115,7 @@ def build_allocate(
     params: Any, model: ModelConfig, engine: EngineConfig, *, store: Store | None = None
 ) -> Program:
     """The program that makes an empty cache: run() -> Cache."""
-    recipe = _allocate_recipe(model, engine, _devices(params))
+    recipe = _allocate_recipe(model, engine, _layout(params, model))
     return _obtain([recipe], store, _silent)[ALLOCATE]
 
 
@@ -126,7 +128,7 @@ def build_read_pages(
     params: Any, model: ModelConfig, engine: EngineConfig, *, store: Store | None = None
 ) -> Program:
     """The program that reads PAGES_READ pages: run(cache, ids) -> bits [pages, 2L, K, C, H]."""
-    recipe = _read_pages_recipe(model, engine, _devices(params))
+    recipe = _read_pages_recipe(model, engine, _layout(params, model))
     return _obtain([recipe], store, _silent)[READ_PAGES]
 
 
@@ -139,52 +141,56 @@ def rebuild(
     store: Store | None = None,
 ) -> Program:
     """Compiles one program of a config whatever the store holds, and puts it there instead."""
-    devices = _devices(params)
+    layout = _layout(params, model)
     if shape == ALLOCATE:
-        recipe = _allocate_recipe(model, engine, devices)
+        recipe = _allocate_recipe(model, engine, layout)
     elif shape == READ_PAGES:
-        recipe = _read_pages_recipe(model, engine, devices)
+        recipe = _read_pages_recipe(model, engine, layout)
     else:
         arguments = jax.tree.map(_abstract_leaf, params)
-        recipe = _step_recipe(shape, arguments, model, engine, devices)
+        recipe = _step_recipe(shape, arguments, model, engine, layout)
     started = time.monotonic()
     lowered = _lower(recipe)
     return _compile(recipe, lowered, time.monotonic() - started, store)
 
 
-def load_ahead(model: ModelConfig, engine: EngineConfig, store: Store) -> StoreAhead:
+def load_ahead(
+    model: ModelConfig, engine: EngineConfig, store: Store, params: Any = None
+) -> StoreAhead:
     """Begins to load every program that is stored, so that weights can be read meanwhile.
 
-    Holds for weights of the model's own structure on the first device; others are loaded later.
+    They are those for abstract `params`; without, for the model's own on the first device.
     """
     pool = ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1)))
     under_way = {
         digest(one.key): pool.submit(store.load, one.shape.name, one.key, one.trees, one.devices)
-        for one in _every_recipe(model, engine)
+        for one in _every_recipe(model, engine, params)
     }
     pool.shutdown(wait=False)
     return StoreAhead(store.folder, under_way)
 
 
 def stored_costs(
-    model: ModelConfig, engine: EngineConfig, store: Store
+    model: ModelConfig, engine: EngineConfig, store: Store, params: Any = None
 ) -> Mapping[Shape, ProgramCost]:
     """What the stored programs of a config take, without weights, tracing or loading.
 
-    Holds for weights of the model's own structure on the first device; what isn't stored is left
-    out.
+    They are those that `load_ahead` looks for; what isn't stored is left out.
     """
     found = {
         recipe.shape: store.cost(recipe.shape.name, recipe.key)
-        for recipe in _every_recipe(model, engine)
+        for recipe in _every_recipe(model, engine, params)
         if recipe.shape != READ_PAGES
     }
     return {shape: cost for shape, cost in found.items() if cost is not None}
 
 
-def compile_function(function: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
-    """Compiles a function of arrays for arguments like these, nothing donated."""
-    return jax.jit(function).lower(*jax.tree.map(_abstract_leaf, examples)).compile()
+def compile_function(
+    function: Callable[..., Any], *examples: Any, donated: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """Compiles a function of arrays for arguments like these."""
+    arguments = jax.tree.map(_abstract_leaf, examples)
+    return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
 
 def num_compiles() -> int:
@@ -213,63 +219,87 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _every_recipe(model: ModelConfig, engine: EngineConfig) -> list[_Recipe]:
-    """All that an engine on the first device builds, without weights."""
-    arguments = abstract(models.spec_of(model), engine.compute_dtype)
-    devices = jax.devices()[:1]
-    recipes = [_step_recipe(shape, arguments, model, engine, devices) for shape in shapes(engine)]
-    recipes.append(_allocate_recipe(model, engine, devices))
+def _every_recipe(model: ModelConfig, engine: EngineConfig, params: Any = None) -> list[_Recipe]:
+    """All that an engine builds, without weights."""
+    if params is None:
+        params = abstract(models.spec_of(model), engine.compute_dtype)
+    arguments, layout = params, _layout(params, model)
+    recipes = [_step_recipe(shape, arguments, model, engine, layout) for shape in shapes(engine)]
+    recipes.append(_allocate_recipe(model, engine, layout))
     if engine.bits == "exact":
-        recipes.append(_read_pages_recipe(model, engine, devices))
+        recipes.append(_read_pages_recipe(model, engine, layout))
     if engine.score_chunk:
         shape = score_shape(engine)
-        recipes.append(_step_recipe(shape, arguments, model, engine.scoring, devices))
-        recipes.append(_allocate_recipe(model, engine.scoring, devices))
+        recipes.append(_step_recipe(shape, arguments, model, engine.scoring, layout))
+        recipes.append(_allocate_recipe(model, engine.scoring, layout))
     return recipes
 
 
 def _step_recipe(
-    shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, devices: Devices
+    shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, layout: Layout
 ) -> _Recipe:
     function = {"prefill": step.prefill, "decode": step.decode, "score": step.score_targets}
     width = packed_width(shape.tokens, engine.pages_per_seq)
     num_targets = shape.tokens if shape.phase == "score" else 0
+    known = {"model": layout.local(model), "engine": engine, "split": layout.split}
 
     def packed_step(params: Any, cache: Cache, packed: Any) -> tuple[Cache, StepOutput | Scores]:
         batch = unpack(packed[:, :width], tokens=shape.tokens)
         targets = (packed[:, width:],) if num_targets else ()
-        return function[shape.phase](params, cache, batch, *targets, model=model, engine=engine)
+        return function[shape.phase](params, cache, batch, *targets, **known)
 
-    cache = abstract(paged.spec(model, engine), engine.compute_dtype)
-    packed = jax.ShapeDtypeStruct((shape.rows, width + num_targets), jnp.int32)
-    arguments = (params, cache, packed)
-    key = program_key(shape.name, model, engine, arguments=arguments, devices=devices)
+    pages = paged.spec(model, engine)
+    arguments = (
+        params,
+        layout.abstract(pages, engine.compute_dtype),
+        _whole_numbers(layout, shape.rows, width + num_targets),
+    )
     output = Scores(0, 0) if num_targets else StepOutput(0, 0)
-    trees = _trees(arguments, (cache, output))
-    return _Recipe(shape, packed_step, arguments, (1,), trees, key, devices)
+    results = (layout.partitions(pages), jax.tree.map(lambda _: PartitionSpec(), output))
+    return _recipe(shape, packed_step, arguments, results, model, engine, layout, donated=(1,))
 
 
-def _allocate_recipe(model: ModelConfig, engine: EngineConfig, devices: Devices) -> _Recipe:
+def _allocate_recipe(model: ModelConfig, engine: EngineConfig, layout: Layout) -> _Recipe:
     def allocate() -> Cache:
-        return paged.make(model, engine)
+        return paged.make(layout.local(model), engine)
 
-    key = program_key(ALLOCATE.name, model, engine, arguments=(), devices=devices)
-    trees = _trees((), abstract(paged.spec(model, engine), engine.compute_dtype))
-    return _Recipe(ALLOCATE, allocate, (), (), trees, key, devices)
+    results = layout.partitions(paged.spec(model, engine))
+    return _recipe(ALLOCATE, allocate, (), results, model, engine, layout)
 
 
-def _read_pages_recipe(model: ModelConfig, engine: EngineConfig, devices: Devices) -> _Recipe:
+def _read_pages_recipe(model: ModelConfig, engine: EngineConfig, layout: Layout) -> _Recipe:
     def read(cache: Cache, ids: Any) -> Any:
         return paged.read_bits(cache, ids)
 
-    cache = abstract(paged.spec(model, engine), engine.compute_dtype)
-    arguments = (cache, jax.ShapeDtypeStruct((PAGES_READ,), jnp.int32))
-    key = program_key(READ_PAGES.name, model, engine, arguments=arguments, devices=devices)
-    return _Recipe(READ_PAGES, read, arguments, (), _trees(arguments, 0), key, devices)
+    pages = paged.spec(model, engine)
+    cache = layout.abstract(pages, engine.compute_dtype)
+    arguments = (cache, _whole_numbers(layout, PAGES_READ))
+    heads = PartitionSpec(None, None, *layout.partitions(pages).k[0][:1])
+    return _recipe(READ_PAGES, read, arguments, heads, model, engine, layout)
 
 
-def _trees(arguments: tuple[Any, ...], result: Any) -> Trees:
-    return Trees(jax.tree.structure((arguments, {})), jax.tree.structure(result))
+def _recipe(
+    shape: Shape,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+    model: ModelConfig,
+    engine: EngineConfig,
+    layout: Layout,
+    *,
+    donated: tuple[int, ...] = (),
+) -> _Recipe:
+    """A program of one device's function; `results` says where what it returns lies."""
+    key = program_key(
+        shape.name, model, engine, arguments=arguments, devices=layout.devices, mesh=layout.name
+    )
+    trees = Trees(jax.tree.structure((arguments, {})), jax.tree.structure(results))
+    whole = layout.over_devices(function, arguments, results)
+    return _Recipe(shape, whole, arguments, donated, trees, key, layout.devices)
+
+
+def _whole_numbers(layout: Layout, *shape: int) -> jax.ShapeDtypeStruct:
+    return layout.abstract(ArraySpec(shape, (None,) * len(shape), dtype=jnp.int32), jnp.int32)
 
 
 def _obtain(recipes: Iterable[_Recipe], store: Store | None, progress: Progress) -> Programs:
@@ -341,14 +371,8 @@ def _compile(
     return Program(**vars(cost), run=compiled, text=compiled.as_text)
 
 
-def _devices(params: Any) -> Devices:
-    """The devices of a tree of arrays, in the order in which programs number them."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        devices = sharding.mesh.devices
-        assert devices is not None, "arrays lie on real devices"
-        return devices.ravel().tolist()
-    return list(sharding.device_set)
+def _layout(params: Any, model: ModelConfig) -> Layout:
+    return layout_of(models.spec_of(model), params).on_devices()
 
 
 def _abstract_leaf(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
+from jaxinfer.kernels.paged_attention import tuned
 from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
 from jaxinfer.store import Store
 from jaxinfer.verdict import SelfTest
@@ -60,6 +61,7 @@ class Device:
             block=config.attention_block,
         )
         config = replace(config, attention=paged_attention.choose(config.attention, needs))
+        config = tuned.settle(config, needs, group=model.num_heads // model.num_kv_heads)
         self.config = config
         check_memory(plan_memory(model, config, params=params))
         self.programs: Programs = programs_of.build(

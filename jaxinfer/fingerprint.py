@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jaxlib.version
+from jax.sharding import NamedSharding
 
 from jaxinfer import config as settings
 from jaxinfer.config import EngineConfig, ModelConfig
@@ -20,7 +21,7 @@ from jaxinfer.store import Devices, Key
 HOST_ONLY = {
     *("bench", "cli", "client", "host", "quality", "server", "text", "v1", "weights"),
     *("__init__.py", "__main__.py", "demo.py", "engine.py", "errors.py", "llm.py", "manifest.py"),
-    *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py"),
+    *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py", "verdict.py"),
 }
 # Settings of jax whose names hold one of these change no program.
 _HARMLESS = (
@@ -41,7 +42,13 @@ _HARMLESS = (
 
 
 def program_key(
-    name: str, model: ModelConfig, engine: EngineConfig, *, arguments: Any, devices: Devices
+    name: str,
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    arguments: Any,
+    devices: Devices,
+    mesh: str = "",
 ) -> Key:
     """Everything that one program depends on; `arguments` are abstract values."""
     return {
@@ -51,15 +58,18 @@ def program_key(
             {
                 "attention": engine.attention,
                 "attention_block": engine.attention_block,
+                "attention_tiles": engine.attention_tiles,
                 "bits": engine.bits,
                 "compute_dtype": engine.compute_dtype,
                 "num_pages": engine.num_pages,
                 "num_slots": engine.num_slots,
+                "page_dtype": engine.cache.dtype,
                 "page_size": engine.cache.page_size,
                 "pages_per_seq": engine.pages_per_seq,
             }
         ),
         "arguments": arguments_digest(arguments),
+        "mesh": mesh,
         **environment(devices),
     }
 
@@ -129,9 +139,13 @@ def _device(devices: Devices) -> str:
 
 def _spread(leaf: Any) -> str:
     """How a leaf lies over devices; nothing where it lies on one."""
-    if leaf.sharding is None or len(leaf.sharding.device_set) == 1:
+    sharding = leaf.sharding
+    if sharding is None or len(sharding.device_set) == 1:
         return ""
-    return str(leaf.sharding)
+    if isinstance(sharding, NamedSharding):  # P("X") and P("X", None) are the same
+        axes = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
+        return f"{sharding.mesh} {axes} {sharding.memory_kind}"
+    return str(sharding)
 
 
 def _digest(*parts: str) -> str:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxinfer import compile as programs_of
 from jaxinfer import config as settings
-from jaxinfer import weights
+from jaxinfer import sharding, weights
 from jaxinfer.config import Config, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError
@@ -27,10 +28,10 @@ from jaxinfer.host.request import (
     SamplingParams,
     Timings,
 )
+from jaxinfer.plan import abstract_params
 from jaxinfer.quality import gate
 from jaxinfer.recording import open_journal
 from jaxinfer.scoring import Scored, score
-from jaxinfer.sharding import placement
 from jaxinfer.store import find_store
 from jaxinfer.text.tokenizer import Tokenizer
 
@@ -181,7 +182,8 @@ def load_engine(
         config.model,
         dtype=config.engine.compute_dtype,
         quant=config.quant.scheme,
-        sharding=placement(config.mesh) if config.mesh.rules else None,
+        sharding=sharding.placement(config.mesh) if config.mesh.rules else None,
+        fit=partial(sharding.fit, config=config.mesh),
         progress=progress,
         described=ahead.begin,
     )
@@ -212,13 +214,16 @@ class _Ahead:
         self.store = find_store(settings.cache_dir() / "programs")
 
     def begin(self, source: weights.Source) -> None:
-        """Loads the stored programs, where they are for one device, on other threads.
+        """Loads the stored programs on other threads.
 
         First of all it refuses a model whose quality report misses a bound.
         """
         gate.check(source, self._config.quant)
-        if self.store is not None and not self._config.mesh.rules:
-            self.store = programs_of.load_ahead(source.config, self._config.engine, self.store)
+        if self.store is not None:
+            engine, mesh = self._config.engine, self._config.mesh
+            model = sharding.fit(source.config, mesh)
+            params = abstract_params(model, engine, mesh)
+            self.store = programs_of.load_ahead(model, engine, self.store, params)
 
 
 def _completion(request: Request, outputs: list[Output]) -> Completion:

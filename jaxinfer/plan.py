@@ -14,7 +14,7 @@ from jaxinfer import models, spec
 from jaxinfer.compile import Shape, shapes
 from jaxinfer.config import MIN_ROWS, EngineConfig, MeshConfig, ModelConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.sharding import placement
+from jaxinfer.sharding import Layout, is_here, layout_of, placement
 from jaxinfer.store import ProgramCost
 
 _CGROUP_LIMITS = (
@@ -25,7 +25,7 @@ _CGROUP_LIMITS = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one engine takes on its device."""
+    """What one engine takes on its device; over several, on each of them."""
 
     weight_bytes: int
     page_bytes: int
@@ -95,7 +95,7 @@ def plan_memory(
     programs: Iterable[ProgramCost] = (),
     device_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Adds up what an engine takes, without running anything.
+    """Adds up what an engine takes on each device, without running anything.
 
     `params` are arrays or abstract values, for weights that are quantised or spread over devices;
     `programs` are compiled or stored ones, or those of a manifest. Without them the weights are
@@ -103,11 +103,13 @@ def plan_memory(
     the memory of the first device.
     """
     programs = tuple(programs)
+    layout = Layout([]) if params is None else layout_of(models.spec_of(model), params)
+    part = layout.local(model)
     if programs:
         temp_bytes = max(program.temp_bytes for program in programs)
     else:
-        temp_bytes = max(estimate_temp(shape, model, engine) for shape in shapes(engine))
-    page_bytes = paged.bytes_per_token(model, engine) * engine.cache.page_size
+        temp_bytes = max(estimate_temp(shape, part, engine) for shape in shapes(engine))
+    page_bytes = paged.bytes_per_token(part, engine) * engine.cache.page_size
     return MemoryPlan(
         weight_bytes=_weight_bytes(model, engine, params),
         page_bytes=page_bytes,
@@ -116,7 +118,7 @@ def plan_memory(
         temp_bytes=temp_bytes,
         is_temp_estimate=not programs,
         code_bytes=sum(program.code_bytes for program in programs),
-        device_bytes=device_memory() if device_bytes is None else device_bytes,
+        device_bytes=_share_of(layout.size) if device_bytes is None else device_bytes,
         num_slots=engine.num_slots,
         max_seq_len=engine.max_seq_len,
         score_bytes=page_bytes * (engine.pages_per_seq + 1) if engine.score_chunk else 0,
@@ -124,9 +126,12 @@ def plan_memory(
 
 
 def abstract_params(model: ModelConfig, engine: EngineConfig, mesh: MeshConfig) -> Any:
-    """The weights as shapes on their devices: programs are built for these as for the real ones."""
+    """The weights as shapes on their devices: programs are built for these as for the real ones.
+
+    For a plan alone the devices of a mesh need not be here. The model is one that fits the mesh.
+    """
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = placement(mesh) if mesh.rules else lambda leaf: single
+    place = placement(mesh, real=is_here(mesh)) if mesh.rules else lambda leaf: single
 
     def shape(leaf: spec.ArraySpec) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype or engine.compute_dtype
@@ -191,6 +196,14 @@ def estimate_temp(shape: Shape, model: ModelConfig, engine: EngineConfig) -> int
     activations = 4 * tokens * (model.num_layers * model.d_model + layer)
     gathered = shape.rows * engine.attention_block * paged.bytes_per_token(model, engine)
     return max(head, activations) + gathered // model.num_layers
+
+
+def _share_of(num_devices: int) -> int | None:
+    """What one of some devices has: virtual ones of a CPU share the machine's memory."""
+    found, there = device_memory(), jax.devices()
+    if found is None or there[0].platform != "cpu":
+        return found
+    return found // min(num_devices, len(there))
 
 
 def _weight_bytes(model: ModelConfig, engine: EngineConfig, params: Any) -> int:

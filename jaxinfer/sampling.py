@@ -4,6 +4,9 @@ The token of a row is argmax(logits / temperature + noise) over the tokens that 
 noise(seed, position, token id) drawn from a Gumbel distribution: the Gumbel-max trick. The noise of
 a token does not depend on which others are looked at, so the likeliest few can be tried first, and
 a speculative run draws what a plain one draws.
+
+Where the vocabulary is split over devices, each of them finds its own likeliest tokens, and those
+few are gathered; all logits are gathered only for the rows that need them all.
 """
 
 from typing import NamedTuple
@@ -13,7 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxinfer import parallel
 from jaxinfer.inputs import Batch, StepOutput
+from jaxinfer.parallel import Axis
 
 NUM_CANDIDATES = 64  # looked at first; the whole vocabulary only where these can't decide
 _BASE_KEY = 0
@@ -26,20 +31,22 @@ class _Candidates(NamedTuple):
     ids: Int[Array, "B W"]
 
 
-def sample(logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"]) -> StepOutput:
-    """Draws the token at `positions` of each row.
+def sample(
+    logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"], *, axis: Axis = None
+) -> StepOutput:
+    """Draws the token at `positions` of each row; `axis` is that of V, where it is split.
 
     Cuts come in Hugging Face's order: temperature, top_k, top_p of what is left, min_p. Ties go to
     the lowest id. A row whose logits are not finite gets token -1 and changes no other.
     """
-    logits = _ban(logits, batch.banned)
+    logits = _ban(logits, batch.banned, axis)
     scale = jnp.where(batch.temperature > 0, 1.0 / jnp.maximum(batch.temperature, 1e-6), 1.0)
-    candidates = _likeliest(logits)
-    totals = log_sum(logits, candidates.logits[:, :1])
+    candidates = _likeliest(logits, axis)
+    totals = log_sum(logits, candidates.logits[:, :1], axis)
     scaled = candidates._replace(logits=candidates.logits * scale[:, None])
     scaled_totals = lax.cond(
         jnp.any((batch.temperature > 0) & (batch.temperature != 1.0)),
-        lambda: log_sum(logits * scale[:, None], scaled.logits[:, :1]),
+        lambda: log_sum(logits * scale[:, None], scaled.logits[:, :1], axis),
         lambda: totals,
     )
     keys = _keys(batch.seed, positions)
@@ -47,32 +54,55 @@ def sample(logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"
     tokens = lax.cond(
         jnp.all(is_decided | (batch.lengths == 0)),
         lambda: tokens,
-        lambda: _from_vocabulary(logits, scale, keys, batch, tokens, is_decided),
+        lambda: _from_vocabulary(
+            parallel.gather(logits, axis), scale, keys, batch, tokens, is_decided
+        ),
     )
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    logprobs = chosen - totals
+    logprobs = parallel.pick(logits, tokens, axis) - totals
     return StepOutput(jnp.where(jnp.isfinite(logprobs), tokens, -1), logprobs)
 
 
-def _ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"]) -> Float[Array, "B V"]:
+def _ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"], axis: Axis) -> Float[Array, "B V"]:
     def without() -> Array:
         rows = jnp.arange(logits.shape[0])[:, None]
-        ids = jnp.where(banned < 0, logits.shape[-1], banned)
+        count = logits.shape[-1]
+        if axis is None:
+            ids = jnp.where(banned < 0, count, banned)
+        else:
+            is_own, places = parallel.own(banned, count, axis)
+            ids = jnp.where(is_own, places, count)
         return logits.at[rows, ids].set(-jnp.inf, mode="drop")
 
     return lax.cond(jnp.any(banned >= 0), without, lambda: logits)
 
 
-def _likeliest(logits: Float[Array, "B V"]) -> _Candidates:
+def _likeliest(logits: Float[Array, "B V"], axis: Axis) -> _Candidates:
     # The barrier keeps XLA from merging later slices into this one: it would then no longer know
     # the pattern as a top-k, and sort the whole vocabulary (8 ms a row instead of 0.06).
     found = lax.top_k(logits, min(NUM_CANDIDATES, logits.shape[-1]))
+    if axis is not None:
+        found = _likeliest_of_all(*found, logits.shape[-1], axis)
     return _Candidates(*lax.optimization_barrier(tuple(found)))
 
 
-def log_sum(logits: Float[Array, "B V"], top: Float[Array, "B 1"]) -> Float[Array, " B"]:
+def _likeliest_of_all(logits: Array, places: Array, count: int, axis: str) -> tuple[Array, Array]:
+    """The likeliest of every device's candidates; each device has `count` tokens.
+
+    Devices come in the order of their tokens, so ties go to the lowest id here too.
+    """
+    ids = places + parallel.first(count, axis)
+    bits = lax.bitcast_convert_type(logits, ids.dtype)
+    all_bits, all_ids = parallel.gather(jnp.stack([bits, ids]), axis)  # one small message
+    every = lax.bitcast_convert_type(all_bits, logits.dtype)
+    found, where = lax.top_k(every, min(NUM_CANDIDATES, every.shape[-1]))
+    return found, jnp.take_along_axis(all_ids, where, axis=1)
+
+
+def log_sum(
+    logits: Float[Array, "B V"], top: Float[Array, "B 1"], axis: Axis = None
+) -> Float[Array, " B"]:
     """log(sum(exp(logits))) of each row, given its largest."""
-    return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[:, 0]
+    return jnp.log(parallel.all_sum(jnp.sum(jnp.exp(logits - top), axis=-1), axis)) + top[:, 0]
 
 
 def _keys(seed: UInt32[Array, "B 2"], positions: Int[Array, " B"]) -> Array:

@@ -1,4 +1,8 @@
-"""The functions that run on the device: prefill, decode, score; pure, trees in and trees out."""
+"""The functions that run on the device: prefill, decode, score; pure, trees in and trees out.
+
+Where arrays are split over devices, each device runs them on its part of params and cache; `model`
+describes that part, `split` says what is a part, and batch and outputs are the same everywhere.
+"""
 
 import math
 
@@ -8,50 +12,70 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxinfer import cache as paged
-from jaxinfer import models, sampling
+from jaxinfer import models, parallel, sampling
 from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.exact import enough_rows, with_rows
 from jaxinfer.inputs import Batch, Scores, StepOutput
 from jaxinfer.kernels import paged_attention
+from jaxinfer.parallel import WHOLE, Split
 
 Params = object
 SCORED_AT_ONCE = 32  # positions whose logits are there at once
 
 
 def prefill(
-    params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    split: Split = WHOLE,
 ) -> tuple[Cache, StepOutput]:
     """Stores a chunk of T tokens a row and samples the token that follows it.
 
     The cache is consumed. A chunk in the middle of a prompt has `sample` 0: its token is dropped.
     """
-    cache, x = hidden(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    out = _sample(params, x, batch, model=model, exact=engine.bits == "exact")
+    out = _sample(params, x, batch, model=model, exact=engine.bits == "exact", split=split)
     kept = jnp.where(batch.sample == 1, batch.slots, engine.num_slots)
     last_tokens = cache.last_tokens.at[kept].set(jnp.maximum(out.tokens, 0))
     return cache._replace(last_tokens=last_tokens), out
 
 
 def decode(
-    params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    split: Split = WHOLE,
 ) -> tuple[Cache, StepOutput]:
     """Stores one token a row and samples the next: a prefill of one token.
 
     A row with `take_last` continues with the token that the device sampled last for its slot.
     """
-    return prefill(params, cache, batch, model=model, engine=engine)
+    return prefill(params, cache, batch, model=model, engine=engine, split=split)
 
 
 def score(
-    params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T V"]]:
     """Stores a chunk of T tokens a row and returns the logits after each of them."""
-    cache, x = hidden(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     exact = engine.bits == "exact"
-    return cache, models.module_of(model).head(params, x, config=model, exact=exact)
+    logits = models.module_of(model).head(params, x, config=model, exact=exact)
+    return cache, parallel.gather(logits, split.vocab)
 
 
 def score_targets(
@@ -62,20 +86,21 @@ def score_targets(
     *,
     model: ModelConfig,
     engine: EngineConfig,
+    split: Split = WHOLE,
 ) -> tuple[Cache, Scores]:
     """Stores a chunk of T tokens a row, and says how likely `targets` were to follow each of them.
 
     Logits are made for a few positions at a time: those of a whole chunk may not fit.
     """
-    cache, x = hidden(params, cache, batch, model=model, engine=engine)
+    cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     head = models.module_of(model).head
 
     def some(given: tuple[Array, Array]) -> Scores:
         logits = head(params, given[0], config=model, exact=engine.bits == "exact")
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, given[1][:, None], axis=1)
-        logprobs = chosen[:, 0] - sampling.log_sum(logits, top)
-        return Scores(logprobs, chosen[:, 0] >= top[:, 0])
+        top = parallel.all_max(jnp.max(logits, axis=-1, keepdims=True), split.vocab)
+        chosen = parallel.pick(logits, given[1], split.vocab)
+        logprobs = chosen - sampling.log_sum(logits, top, split.vocab)
+        return Scores(logprobs, chosen >= top[:, 0])
 
     count = math.gcd(targets.size, SCORED_AT_ONCE)
     parts = x.reshape(-1, count, x.shape[-1]), targets.reshape(-1, count)
@@ -84,7 +109,13 @@ def score_targets(
 
 
 def hidden(
-    params: Params, cache: Cache, batch: Batch, *, model: ModelConfig, engine: EngineConfig
+    params: Params,
+    cache: Cache,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T D"]]:
     """Stores a chunk of T tokens a row; returns the residual stream after the last layer."""
     rows, num_tokens = batch.tokens.shape
@@ -99,7 +130,7 @@ def hidden(
         page_size=engine.cache.page_size,
         trash_page=engine.num_pages,
     )
-    attention = paged_attention.backend(engine.attention)
+    attention, load = paged_attention.backend(engine.attention), paged.reader(engine)
     exact = engine.bits == "exact"
     k_pages, v_pages = list(cache.k), list(cache.v)
 
@@ -115,23 +146,30 @@ def hidden(
             batch.lengths,
             block=engine.attention_block,
             window=model.window(layer),
-            load=paged.from_pages,
+            load=load,
             exact=exact,
+            tiles=engine.attention_tiles,
         )
 
     x = models.module_of(model).forward(
-        params, tokens, positions, attend, config=model, exact=exact
+        params, tokens, positions, attend, config=model, exact=exact, split=split
     )
     return Cache(tuple(k_pages), tuple(v_pages), cache.last_tokens), x
 
 
 def _sample(
-    params: Params, x: Float[Array, "B D"], batch: Batch, *, model: ModelConfig, exact: bool
+    params: Params,
+    x: Float[Array, "B D"],
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    exact: bool,
+    split: Split,
 ) -> StepOutput:
     """The next token of each row, from the activations of its last one."""
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
     rows = len(x)
     count = enough_rows(model.vocab_size, rows) if exact else rows
     logits, many = jax.tree.map(lambda leaf: with_rows(leaf, count), (logits, batch))
-    drawn = sampling.sample(logits, many, many.starts + many.lengths)
+    drawn = sampling.sample(logits, many, many.starts + many.lengths, axis=split.vocab)
     return jax.tree.map(lambda leaf: leaf[:rows], drawn)

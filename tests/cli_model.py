@@ -27,14 +27,14 @@ def save(folder: Path, model: ModelConfig = tiny.MODEL, settings: str = SETTINGS
         name="tiny",
         config=model,
         params=tiny.params(model=model),
-        text=TextAssets(tokenizer_json=_tokenizer(), chat_template=CHAT_TEMPLATE),
+        text=TextAssets(tokenizer_json=tokenizer_json(), chat_template=CHAT_TEMPLATE),
         sampling=SamplingParams(),
     )
     (folder / "tiny.toml").write_text(settings)
     return weights.save(checkpoint, folder / "tiny")
 
 
-def _tokenizer() -> str:
+def tokenizer_json() -> str:
     """One token a byte, in the words of the `tokenizers` library."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

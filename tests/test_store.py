@@ -48,6 +48,7 @@ def num_programs() -> int:
         {"num_slots": 9},
         {"max_seq_len": 96},
         {"attention_block": 64},
+        {"attention_tiles": (64, 512, 2)},
         {"cache": CacheConfig(page_size=8)},
         {"cache": CacheConfig(num_pages=9)},
         {"compute_dtype": "bfloat16"},

@@ -43,6 +43,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "jaxinfer.manifest": (4, "device"),
     "jaxinfer.models": (3, "device"),
     "jaxinfer.nn": (2, "device"),
+    "jaxinfer.parallel": (1, "device"),
     "jaxinfer.plan": (4, "device"),
     "jaxinfer.quality": (5, "both"),
     "jaxinfer.quant": (2, "device"),
@@ -58,13 +59,19 @@ FLOORS: dict[str, tuple[int, str]] = {
     "jaxinfer.spec": (0, "device"),
     "jaxinfer.step": (4, "device"),
     "jaxinfer.store": (2, "device"),
+    "jaxinfer.verdict": (4, "device"),
     "jaxinfer.text": (1, "both"),
     "jaxinfer.v1": (0, "both"),
     "jaxinfer.weights": (3, "device"),
 }
 WITHOUT_JAX = ("jaxinfer.host", "jaxinfer.text", "jaxinfer.client")
 READS_SETTINGS = ("jaxinfer/config.py", "jaxinfer/settings.py")
-BARRIERS = ("jaxinfer/runner.py", "jaxinfer/server/", "jaxinfer/cli/app.py")
+BARRIERS = (
+    "jaxinfer/bench/hardware/part.py",
+    "jaxinfer/cli/app.py",
+    "jaxinfer/runner.py",
+    "jaxinfer/server/",
+)
 MAX_BARRIERS = 4
 MAX_LINE, MAX_FUNCTION, MAX_FILE = 100, 60, 400
 MAX_KERNEL_FUNCTION, MAX_KERNEL_FILE = 120, 600

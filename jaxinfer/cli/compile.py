@@ -47,12 +47,15 @@ def compile(
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     from jaxinfer import manifest, weights
+    from jaxinfer.sharding import fit, make_mesh
 
     older = None if check is None else _read(check)
     name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
+    model = fit(model, settings.mesh)
     with progress.shown() as show:
         programs = build(settings, model, progress=show)
-    made = manifest.describe(programs, model, settings.engine)
+    devices = make_mesh(settings.mesh).devices.ravel().tolist()
+    made = manifest.describe(programs, model, settings.engine, devices=devices)
     if out is not None:
         _write(made, out)
     changes = None if older is None else manifest.compare(older, made)

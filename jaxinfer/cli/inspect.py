@@ -48,19 +48,21 @@ def inspect(
     from jaxinfer import compile as programs_of
     from jaxinfer import models, spec, weights
     from jaxinfer.plan import abstract_params, plan_memory
+    from jaxinfer.sharding import fit
 
     dtype = settings.engine.compute_dtype
     with progress.shown() as show:
         source = weights.describe(settings.model, quant=settings.quant.scheme, progress=show)
-        specs = models.spec_of(source.config)
-        params = abstract_params(source.config, settings.engine, settings.mesh)
-        programs: tuple[ProgramCost, ...] = stored(settings, source.config)
+        model = fit(source.config, settings.mesh)
+        specs = models.spec_of(model)
+        params = abstract_params(model, settings.engine, settings.mesh)
+        programs: tuple[ProgramCost, ...] = stored(settings, model)
         if compile and not programs:
-            built = programs_of.build(params, source.config, settings.engine, progress=show)
+            built = programs_of.build(params, model, settings.engine, progress=show)
             programs = tuple(built.values())
     leaves = spec.paths(specs).items()
     groups = grouped((name, leaf.shape, str(leaf.dtype or dtype)) for name, leaf in leaves)
-    memory = plan_memory(source.config, settings.engine, params=params, programs=programs)
+    memory = plan_memory(model, settings.engine, params=params, programs=programs)
     write(source.name, source.config.architecture, groups, memory, programs, as_json=as_json)
 
 

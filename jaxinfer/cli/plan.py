@@ -48,8 +48,10 @@ def plan(
         raise ConfigError(f"--device-gib is {device_gib}; it must be above 0 and finite")
     from jaxinfer import weights
     from jaxinfer.plan import abstract_params, plan_memory
+    from jaxinfer.sharding import fit
 
     name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
+    model = fit(model, settings.mesh)
     programs = stored(settings, model)
     memory = plan_memory(
         model,
@@ -83,17 +85,20 @@ def token_counts(text: str) -> tuple[int, ...]:
 
 def stored(settings: "Config", model: "ModelConfig") -> tuple["ProgramCost", ...]:
     """What the stored programs of these settings take; nothing unless all of them are there."""
-    if settings.mesh.rules:
-        return ()
     from jaxinfer import compile as programs_of
     from jaxinfer import config
+    from jaxinfer.plan import abstract_params
+    from jaxinfer.sharding import is_here
     from jaxinfer.store import find_store
 
+    if not is_here(settings.mesh):
+        return ()
     folder = config.cache_dir() / "programs"
     store = find_store(folder) if folder.is_dir() else None
     if store is None:
         return ()
-    found = programs_of.stored_costs(model, settings.engine, store)
+    params = abstract_params(model, settings.engine, settings.mesh)
+    found = programs_of.stored_costs(model, settings.engine, store, params)
     wanted = (*programs_of.shapes(settings.engine), programs_of.ALLOCATE)
     return tuple(found[shape] for shape in wanted) if found.keys() >= set(wanted) else ()
 

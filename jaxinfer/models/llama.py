@@ -7,8 +7,10 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.config import ModelConfig
 from jaxinfer.dims import Leaf
 from jaxinfer.nn import attention, mlp, rope
-from jaxinfer.nn.linear import embed, project
+from jaxinfer.nn.linear import project
 from jaxinfer.nn.norm import rms_norm
+from jaxinfer.nn.vocabulary import embed
+from jaxinfer.parallel import WHOLE, Split
 from jaxinfer.spec import ArraySpec
 
 
@@ -51,13 +53,15 @@ def forward(
     *,
     config: ModelConfig,
     exact: bool = True,
+    split: Split = WHOLE,
 ) -> Float[Array, "B T D"]:
     """Runs the blocks; returns the residual stream in float32, before the final norm.
 
     `attend(layer, q, k, v)` stores the layer's new keys and values and attends to all cached ones.
-    Without `exact` a row's bits may depend on how many rows there are: see nn.linear.
+    Without `exact` a row's bits may depend on how many rows there are: see nn.linear. Where arrays
+    are split over devices, `config` describes one device's part; each block sums over them twice.
     """
-    x = embed(params.embedding, tokens)
+    x = embed(params.embedding, tokens, axis=split.vocab)
     rotation = rope.angles(positions, config=config)
     for index, layer in enumerate(params.layers):
         x = x + attention.apply(
@@ -67,16 +71,17 @@ def forward(
             lambda q, k, v, index=index: attend(index, q, k, v),
             config=config,
             exact=exact,
+            axis=split.heads,
         )
         normed = rms_norm(x, layer.mlp_norm, eps=config.norm_eps, exact=exact)
-        x = x + mlp.apply(layer.mlp, normed, exact=exact)
+        x = x + mlp.apply(layer.mlp, normed, exact=exact, axis=split.ffw)
     return x
 
 
 def head(
     params: Params, x: Float[Array, "... D"], *, config: ModelConfig, exact: bool = True
 ) -> Float[Array, "... V"]:
-    """The logits of some rows of the residual stream."""
+    """The logits of some rows of the residual stream, of the tokens that this device has."""
     table = params.embedding if params.head is None else params.head
     x = rms_norm(x, params.final_norm, eps=config.norm_eps, exact=exact)
     return project(x, table, exact=exact)

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxinfer import parallel
 from jaxinfer.config import ModelConfig
 from jaxinfer.dims import Leaf
 from jaxinfer.nn import rope
 from jaxinfer.nn.linear import project
 from jaxinfer.nn.norm import rms_norm
+from jaxinfer.parallel import Axis
 from jaxinfer.spec import ArraySpec
 
 Attend = Callable[..., jax.Array]
@@ -58,8 +61,12 @@ def apply(
     *,
     config: ModelConfig,
     exact: bool = True,
+    axis: Axis = None,
 ) -> Float[Array, "B T D"]:
-    """Attends with the new tokens' queries to everything that `attend` has in store."""
+    """Attends with the new tokens' queries to everything that `attend` has in store.
+
+    Where heads are split along `axis`, the config has those of one device.
+    """
     rows, tokens, _ = x.shape
     both = project(x, params.qkv, params.qkv_bias, exact=exact)
     q = both[..., :-2, :].reshape(rows, tokens, config.num_heads, config.head_dim)
@@ -68,4 +75,5 @@ def apply(
         q = rms_norm(q, params.q_norm, eps=config.norm_eps, exact=exact)
         k = rms_norm(k, params.k_norm, eps=config.norm_eps, exact=exact)
     out = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
-    return project(out, params.output, params.output_bias, contract=2, exact=exact)
+    out = parallel.all_sum(project(out, params.output, contract=2, exact=exact), axis)
+    return out if params.output_bias is None else out + params.output_bias.astype(jnp.float32)

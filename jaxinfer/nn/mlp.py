@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from jaxinfer import parallel
 from jaxinfer.config import ModelConfig
 from jaxinfer.dims import Leaf
 from jaxinfer.nn.linear import project
+from jaxinfer.parallel import Axis
 from jaxinfer.spec import ArraySpec
 
 
@@ -26,7 +28,10 @@ def spec(config: ModelConfig) -> Mlp:
     )
 
 
-def apply(params: Mlp, x: Float[Array, "B T D"], *, exact: bool = True) -> Float[Array, "B T D"]:
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+def apply(
+    params: Mlp, x: Float[Array, "B T D"], *, exact: bool = True, axis: Axis = None
+) -> Float[Array, "B T D"]:
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020); `axis` is that of F, if split."""
     both = project(x, params.gate_up, exact=exact)
-    return project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], params.down, exact=exact)
+    out = project(jax.nn.silu(both[..., 0, :]) * both[..., 1, :], params.down, exact=exact)
+    return parallel.all_sum(out, axis)

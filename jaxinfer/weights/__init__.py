@@ -13,7 +13,16 @@ from jaxinfer.errors import CheckpointError, UnknownModel
 from jaxinfer.quant import Rounding, round_to_nearest
 from jaxinfer.weights import assemble, checkpoint, demo, hf
 from jaxinfer.weights.checkpoint import save
-from jaxinfer.weights.source import Checkpoint, Progress, Sharding, Source, TensorStore, silent
+from jaxinfer.weights.source import (
+    Checkpoint,
+    Fit,
+    Progress,
+    Sharding,
+    Source,
+    TensorStore,
+    as_it_is,
+    silent,
+)
 
 __all__ = [
     "ALIASES",
@@ -40,6 +49,7 @@ def load(
     dtype: DTypeLike,
     quant: Scheme = "none",
     sharding: Sharding = None,
+    fit: Fit = as_it_is,
     progress: Progress = silent,
     described: Callable[[Source], None] = lambda source: None,
 ) -> Checkpoint:
@@ -48,21 +58,24 @@ def load(
     `described` is told what `describe` would say, before the weights are read.
 
     Every leaf of `params` has `dtype`, but for matrices that are stored quantised or that `quant`
-    quantises; the weights are never twice in memory. The demo model is
+    quantises; the weights are never twice in memory. Its config is what `fit` makes of the model's,
+    for a mesh. The demo model is
     fetched and converted when it is first asked for; nothing else touches the network.
     """
     path = locate(model, progress=progress)
     if checkpoint.is_checkpoint(path):
         described(checkpoint.describe(path, quant=quant))
-        return checkpoint.load(path, dtype=dtype, quant=quant, sharding=sharding, progress=progress)
+        return checkpoint.load(
+            path, dtype=dtype, quant=quant, sharding=sharding, fit=fit, progress=progress
+        )
     source, store = _open(path)
     source = replace(source, config=checkpoint.quantised(source.config, quant))
     described(source)
     return Checkpoint(
         name=source.name,
-        config=source.config,
+        config=fit(source.config),
         params=assemble.load_params(
-            store, source.config, dtype=dtype, sharding=sharding, progress=progress
+            store, source.config, dtype=dtype, sharding=sharding, fit=fit, progress=progress
         ),
         text=source.text,
         sampling=source.sampling,

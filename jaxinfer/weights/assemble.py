@@ -11,10 +11,11 @@ from jax.typing import DTypeLike
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CheckpointError
+from jaxinfer.nn import heads
 from jaxinfer.quant import Rounding, describe, find_scheme, quantise, round_to_nearest
 from jaxinfer.spec import ArraySpec, check, is_spec, num_bytes, paths
 from jaxinfer.weights.names import Part, Recipe, ignored, recipes
-from jaxinfer.weights.source import Progress, Sharding, TensorStore, silent
+from jaxinfer.weights.source import Fit, Progress, Sharding, TensorStore, as_it_is, silent
 
 
 def load_params(
@@ -23,22 +24,29 @@ def load_params(
     *,
     dtype: DTypeLike,
     sharding: Sharding = None,
+    fit: Fit = as_it_is,
     progress: Progress = silent,
 ) -> Any:
-    """Builds every leaf from its tensors; each leaves the host before the next one is read."""
-    specs = models.spec_of(config)
-    plain = models.module_of(config).spec(config)
+    """Builds every leaf from its tensors; each leaves the host before the next one is read.
+
+    The tree is that of `fit(config)`.
+    """
+    wide = fit(config)
+    specs = models.spec_of(wide)
+    plain, narrow = (paths(models.module_of(config).spec(one)) for one in (wide, config))
     wanted = recipes(config)
     check_names(store, wanted, config)
     total, done = num_bytes(specs, dtype), 0
     progress("load", done, total)
     leaves = []
-    for path, spec in paths(plain).items():
-        leaf = assemble_leaf(store, wanted[path], spec, dtype=spec.dtype or dtype)
+    for path, spec in plain.items():
+        leaf = assemble_leaf(store, wanted[path], narrow[path], dtype=spec.dtype or dtype)
+        leaf = heads.regroup(leaf, spec.axes, config, wide)
         leaves.append(put(path, leaf, spec, scheme=config.quant, sharding=sharding))
         done += sum(part.nbytes for part in jax.tree.leaves(leaves[-1]))
         progress("load", done, total)
-    params = jax.tree.unflatten(jax.tree.structure(plain, is_leaf=is_spec), leaves)
+    tree = models.module_of(config).spec(wide)
+    params = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_spec), leaves)
     check(specs, params, dtype)
     return params
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.typing import DTypeLike
 
@@ -27,12 +28,22 @@ from jaxinfer import models
 from jaxinfer.config import ModelConfig, Scheme
 from jaxinfer.errors import CheckpointError, ConfigError, InvalidRequest
 from jaxinfer.host.request import SamplingParams
+from jaxinfer.nn.heads import regroup
+from jaxinfer.quant.leaf import block_of
 from jaxinfer.spec import ArraySpec, check, dotted, is_spec, num_bytes, paths
 from jaxinfer.text.assets import TextAssets
-from jaxinfer.weights.assemble import quantise_leaves
+from jaxinfer.weights.assemble import put_leaf, quantise_leaves
 from jaxinfer.weights.json_file import read_json
 from jaxinfer.weights.records import from_json
-from jaxinfer.weights.source import Checkpoint, Progress, Sharding, Source, silent
+from jaxinfer.weights.source import (
+    Checkpoint,
+    Fit,
+    Progress,
+    Sharding,
+    Source,
+    as_it_is,
+    silent,
+)
 
 FORMAT = "jaxinfer-checkpoint"
 VERSION = 1
@@ -105,25 +116,30 @@ def load(
     dtype: DTypeLike,
     quant: Scheme = "none",
     sharding: Sharding = None,
+    fit: Fit = as_it_is,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """Reads every leaf straight into its dtype and onto its devices; then, if asked, quantises."""
+    """Reads every leaf straight into its dtype and onto its devices; then, if asked, quantises.
+
+    Leaves that `fit` changes pass through the host.
+    """
     source, model = describe(path, quant=quant), _read_model(path)
-    stored = _stored_config(path, model)
+    config, stored = fit(source.config), _stored_config(path, model)
     is_asked = stored.quant == "none" != source.config.quant
-    specs = models.spec_of(stored if is_asked else source.config)
+    read = stored if is_asked else source.config
+    specs = models.spec_of(fit(read))
     total = num_bytes(specs, dtype)
     progress("load", 0, total)
     _check_files(path, model["files"])
-    leaves: list[Any] = _restore(path / PARAMS, paths(specs), dtype=dtype, sharding=sharding)
+    leaves: list[Any] = _restore(path / PARAMS, read, fit(read), dtype=dtype, sharding=sharding)
     if is_asked:
-        leaves = quantise_leaves(leaves, source.config, sharding=sharding, progress=progress)
+        leaves = quantise_leaves(leaves, config, sharding=sharding, progress=progress)
     params = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
-    check(models.spec_of(source.config), params, dtype)
+    check(models.spec_of(config), params, dtype)
     progress("load", total, total)
     return Checkpoint(
         name=source.name,
-        config=source.config,
+        config=config,
         params=params,
         text=source.text,
         sampling=source.sampling,
@@ -228,16 +244,15 @@ def _check_files(path: Path, files: dict[str, list[int]]) -> None:
 
 
 def _restore(
-    path: Path, specs: dict[str, ArraySpec], *, dtype: DTypeLike, sharding: Sharding
+    path: Path, stored: ModelConfig, wide: ModelConfig, *, dtype: DTypeLike, sharding: Sharding
 ) -> list[jax.Array]:
-    """The leaves, in the order of `specs`; Orbax casts while it reads."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """The leaves that `wide` describes, in its order; Orbax casts while it reads."""
+    _check_codes(path, stored, wide)
+    specs, fitted = paths(models.spec_of(stored)), paths(models.spec_of(wide))
     wanted = {
-        name: jax.ShapeDtypeStruct(
-            spec.shape,
-            spec.dtype or dtype,
-            sharding=default if sharding is None else sharding(spec),
-        )
+        name: _abstract(spec, dtype, sharding)
+        if spec.shape == fitted[name].shape
+        else np.empty(spec.shape, spec.dtype or dtype)
         for name, spec in specs.items()
     }
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
@@ -251,7 +266,32 @@ def _restore(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} can't be read: {str(error)[:500]}; {AGAIN}") from error
-    return [restored[name] for name in specs]
+    leaves = []
+    for name, spec in fitted.items():
+        leaf = restored.pop(name)
+        if isinstance(leaf, np.ndarray):
+            leaf = put_leaf(regroup(leaf, spec.axes, stored, wide), spec, sharding)
+        leaves.append(leaf)
+    return leaves
+
+
+def _check_codes(path: Path, stored: ModelConfig, wide: ModelConfig) -> None:
+    """Heads that are stored quantised can be moved where each was rotated by itself."""
+    if stored.quant == "none" or stored.num_heads == wide.num_heads:
+        return
+    before, after = (block_of(one.num_heads * one.head_dim) for one in (stored, wide))
+    if before != after or stored.head_dim % before:
+        raise ConfigError(
+            f"{path} holds {stored.quant} weights that mix {before} channels of {stored.num_heads} "
+            f"heads, which the {wide.num_heads} heads of this mesh can't keep; take the model "
+            f"that it was made from, with --quant {stored.quant}"
+        )
+
+
+def _abstract(spec: ArraySpec, dtype: DTypeLike, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = default if sharding is None else sharding(spec)
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=where)
 
 
 def _check_shapes(path: Path, specs: dict[str, ArraySpec]) -> None:

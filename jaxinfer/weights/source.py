@@ -19,6 +19,9 @@ Progress = Callable[[str, int, int], None]
 Sharding = Callable[[ArraySpec], jax.sharding.Sharding] | None
 """Where a leaf goes; None puts everything on the default device."""
 
+Fit = Callable[[ModelConfig], ModelConfig]
+"""What a mesh makes of a model's heads, so that its devices share them: see sharding.fit."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -65,6 +68,11 @@ class TensorStore(Protocol):
     def where(self, name: str) -> str:
         """`FILE: tensor NAME`, as an error names it."""
         ...
+
+
+def as_it_is(config: ModelConfig) -> ModelConfig:
+    """Fits a model to one device."""
+    return config
 
 
 def silent(stage: str, done: int, total: int) -> None:
