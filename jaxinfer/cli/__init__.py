@@ -22,6 +22,8 @@ COMMANDS = {
     "replay": "Runs a journal again and points at the first difference.",
     "trace": "Draws a journal as a timeline of slots and steps, for Perfetto.",
     "bench": "Measures this machine with a model, against what it could do.",
+    "tune": "Times the tile sizes of the attention kernel on this device, and writes the best.",
+    "ablate": "Switches each lever of the settings off, and on alone: what each is worth.",
     "token": "Makes, lists and revokes the tokens that clients of a server show.",
     "config": "Shows, compares and describes settings.",
     "doctor": "Says what would keep jaxinfer from running on this machine.",

@@ -19,6 +19,12 @@ app.command(
     name="serve",
     help="Sends load to a running server, and says what its clients see: TTFT, TPOT, goodput.",
 )
+for name, said in {
+    "offline": "Times a workload in this process: throughput, TTFT, TPOT, memory, waste.",
+    "kernels": "Times attention and matmuls alone, against this machine's bandwidth.",
+    "compare": "Times a workload here and in another program, in turns: ratios with quartiles.",
+}.items():
+    app.command(f"jaxinfer.cli.bench_offline:{name}", name=name, help=said)
 
 
 @app.command

@@ -8,6 +8,7 @@ import jinja2
 from jaxinfer.bench.load import charts, tables
 from jaxinfer.bench.load.events import bounds
 from jaxinfer.bench.load.saved import Measured
+from jaxinfer.bench.page import style
 from jaxinfer.host.workload import SLO
 
 
@@ -17,7 +18,7 @@ def html(measured: Measured) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(source).render(**facts(measured))
+    return environment.from_string(source).render(style=style(), **facts(measured))
 
 
 def facts(measured: Measured) -> dict[str, Any]:

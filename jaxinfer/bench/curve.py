@@ -1,0 +1,206 @@
+"""What many streams at once get: throughput against the time of each; and static batches."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from jaxinfer.bench import offline
+from jaxinfer.bench.load.charts import HALF
+from jaxinfer.bench.load.drawing import Plot
+from jaxinfer.bench.page import Page, Picture, Sheet, quartiles, spread
+from jaxinfer.bench.workloads import Workload, streams
+from jaxinfer.engine import Engine
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+STATIC_BAR = 1.6
+Show = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """So many equal requests at once; medians over the rounds."""
+
+    streams: int
+    output_tokens_per_s: float
+    ttft_ms: float
+    tpot_ms: float
+    e2e_ms: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Throughput and times from few streams to many."""
+
+    model: str
+    variant: str
+    prompt: int
+    output: int
+    rounds: int
+    points: tuple[Point, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Static:
+    """Continuous batching against static batches: the same requests, round by round."""
+
+    model: str
+    variant: str
+    workload: str
+    num_slots: int
+    continuous_tokens_per_s: float
+    static_tokens_per_s: float
+    ratios: tuple[float, ...]
+    """Output tokens a second, continuous over static."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        low, middle, high = quartiles(self.ratios)
+        found = {"ratio": middle, "low": low, "high": high, "bar": STATIC_BAR}
+        return {**asdict(self), **found}
+
+
+def measure(
+    engine: Engine,
+    *,
+    model: str,
+    counts: tuple[int, ...] = COUNTS,
+    prompt: int = 128,
+    output: int = 64,
+    rounds: int = 3,
+    progress: Show = lambda stage, done, total: None,
+) -> Curve:
+    """Every count once a round, after one that does not count."""
+    vocab_size = engine.model.vocab_size
+    loads = [
+        streams(count, prompt=prompt, output=output, vocab_size=vocab_size) for count in counts
+    ]
+    found: list[list[offline.Round]] = [[] for _ in loads]
+    for number in range(-1, rounds):
+        for place, load in enumerate(loads):
+            calls = load.calls(number if number >= 0 else offline.WARM)
+            one = offline.serve(engine, calls)[0]
+            if number >= 0:
+                found[place].append(one)
+            progress("measure", (number + 1) * len(loads) + place + 1, (rounds + 1) * len(loads))
+    return Curve(
+        model=model,
+        variant=offline.variant_of(engine),
+        prompt=prompt,
+        output=output,
+        rounds=rounds,
+        points=tuple(_point(count, some) for count, some in zip(counts, found, strict=True)),
+    )
+
+
+def against_static(
+    continuous: Engine,
+    static: Engine,
+    workload: Workload,
+    *,
+    model: str,
+    rounds: int = 3,
+    progress: Show = lambda stage, done, total: None,
+) -> Static:
+    """Both engines get the same requests; who goes first alternates."""
+    engines = {"continuous": continuous, "static": static}
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(-1, rounds):
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            calls = workload.calls(number if number >= 0 else offline.WARM)
+            one = offline.serve(engines[name], calls)[0]
+            if number >= 0:
+                rates[name].append(one.figures.output_tokens_per_s)
+        progress("measure", number + 2, rounds + 1)
+    pairs = zip(rates["continuous"], rates["static"], strict=True)
+    return Static(
+        model=model,
+        variant=offline.variant_of(continuous),
+        workload=workload.name,
+        num_slots=continuous.config.num_slots,
+        continuous_tokens_per_s=median(rates["continuous"]),
+        static_tokens_per_s=median(rates["static"]),
+        ratios=tuple(ours / theirs for ours, theirs in pairs),
+    )
+
+
+def sheet(curve: Curve) -> Sheet:
+    """A line for each count."""
+    alone = curve.points[0].output_tokens_per_s
+    return Sheet(
+        title=f"{curve.model}, {curve.variant}: {curve.prompt} tokens in, {curve.output} out each",
+        columns=("streams", "tokens/s", "times one", "TTFT ms", "TPOT ms", "request ms"),
+        rows=tuple(
+            (
+                str(one.streams),
+                f"{one.output_tokens_per_s:.1f}",
+                f"{one.output_tokens_per_s / alone:.2f}",
+                f"{one.ttft_ms:.0f}",
+                f"{one.tpot_ms:.1f}",
+                f"{one.e2e_ms:.0f}",
+            )
+            for one in curve.points
+        ),
+        notes=(f"medians of {curve.rounds} rounds, the requests of one p50",),
+    )
+
+
+def static_sheet(found: Static) -> Sheet:
+    """Both, and the ratio."""
+    ratio = quartiles(found.ratios)[1]
+    return Sheet(
+        title=f"{found.model}, {found.variant}: {found.workload} in {found.num_slots} slots",
+        columns=("batching", "tokens/s"),
+        rows=(
+            ("continuous", f"{found.continuous_tokens_per_s:.1f}"),
+            ("static", f"{found.static_tokens_per_s:.1f}"),
+            ("ratio", f"{ratio:.2f}"),
+            ("middle half", spread(found.ratios)),
+            ("at least", f"{STATIC_BAR} {'yes' if ratio >= STATIC_BAR else 'no'}"),
+        ),
+        notes=("a static batch begins when all slots are free, all its prompts in one step",),
+        breaks=frozenset({1}),
+    )
+
+
+def page(curve: Curve) -> Page:
+    """The table and its picture."""
+    best = max(curve.points, key=lambda one: one.output_tokens_per_s)
+    return Page(
+        title=f"{curve.model}, {curve.variant}: throughput against the time of a request",
+        lines=(),
+        tiles=(
+            ("one stream", f"{curve.points[0].output_tokens_per_s:.0f}", "tokens/s"),
+            (f"{best.streams} streams", f"{best.output_tokens_per_s:.0f}", "tokens/s"),
+        ),
+        sheets=(sheet(curve),),
+        pictures=(Picture("Throughput against the time of a request", _picture(curve)),),
+    )
+
+
+def _picture(curve: Curve) -> Markup:
+    spots = [(one.e2e_ms / 1e3, one.output_tokens_per_s) for one in curve.points]
+    wide, high = (1.15 * max(values) for values in zip(*spots, strict=True))
+    plot = Plot(2 * HALF, 320.0, wide, high, "seconds of a request", "output tokens/s")
+    marks = [plot.path(spots, "line")]
+    for one, spot in zip(curve.points, spots, strict=True):
+        marks.append(plot.dot(*spot, "point", f"{one.streams} streams"))
+        marks.append(plot.text(*spot, str(one.streams)))
+    return plot.svg(*marks)
+
+
+def _point(count: int, found: list[offline.Round]) -> Point:
+    some = [one.figures for one in found]
+    return Point(
+        streams=count,
+        output_tokens_per_s=median(one.output_tokens_per_s for one in some),
+        ttft_ms=1e3 * median(one.ttft_s.p50 for one in some),
+        tpot_ms=1e3 * median(one.tpot_s.p50 for one in some),
+        e2e_ms=1e3 * median(one.e2e_s.p50 for one in some),
+    )
