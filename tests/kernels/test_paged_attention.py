@@ -6,13 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.bench.hardware.cases import CASES, COMPANY, DECODE, LIMIT, MIXED
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
 from tests.kernels.attention import Case, make, needs, relative_error, run
 
-# Lengths of 0 and 1, both sides of page and block edges, a full row; a chunk beside decodes.
-DECODE = Case(((0, 1), (7, 1), (8, 1), (0, 0), (63, 1), (64, 1), (191, 1)))
-MIXED = Case(((0, 5), (60, 17), (12, 0), (100, 1), (0, 17)), window=40)
 SMALL = {"head_dim": 16, "block": 32, "longest": 128}
 REFERENCE = {
     "decode": DECODE,
@@ -28,28 +26,7 @@ REFERENCE = {
     "longest": Case(((127, 1), (96, 32)), 1, 2, **SMALL),
     "mixed": MIXED,
 }
-SOON = {"decode": DECODE, "mixed": MIXED._replace(soft_cap=3.0)}
-LATER = {
-    "empty": Case(((5, 0), (0, 0))),
-    "decode of one head": Case(((0, 1), (100, 1)), 1, 1),
-    "decode of many heads": Case(((70, 1), (15, 1)), 8, 2),
-    "decode in a group of 16": Case(((70, 1), (15, 1)), 1, 16),
-    "prefill": Case(((0, 100),)),
-    "chunk in the middle": Case(((37, 70),)),
-    "verify": Case(((37, 5), (63, 5), (0, 5), (187, 5))),
-    "head size 128": Case(((0, 1), (130, 1), (64, 0)), head_dim=128),
-    "prefill of head size 128": Case(((60, 50),), head_dim=128),
-    "head size 256": Case(((0, 1), (130, 1)), head_dim=256),
-    "prefill of head size 256": Case(((60, 50),), 1, 2, head_dim=256),
-    "pages of 16": Case(((0, 1), (15, 1), (16, 1), (120, 3)), page_size=16, block=128, longest=384),
-    "pages of 64": Case(((0, 1), (63, 1), (64, 1), (120, 3)), page_size=64),
-    "long": Case(((1023, 1), (512, 1), (511, 1), (3, 1)), 1, 2, longest=1024),
-    "window of one": Case(((50, 4), (0, 2)), 1, 2, window=1),
-    "window of a block": Case(((127, 1), (128, 1), (180, 4)), 1, 2, window=64),
-    "window past a block": Case(((90, 5), (3, 3), (191, 1)), 1, 2, window=100),
-    "soft cap": Case(((0, 6), (70, 6), (31, 2)), soft_cap=2.0),
-}
-LIMIT = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+SOON = {name: CASES[name] for name in ("decode", "mixed")}
 
 
 def check(backend: str, case: Case, dtype: str, *, poison: float = np.nan) -> None:
@@ -94,10 +71,10 @@ def test_a_backend_matches_float64_whatever_free_pages_hold(backend, case, dtype
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize("case", SOON | LATER)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", paged_attention.BACKENDS)
 def test_every_backend_matches_float64_in_every_case(backend, case, dtype):
-    check(backend, (SOON | LATER)[case], dtype)
+    check(backend, CASES[case], dtype)
 
 
 @pytest.mark.full
@@ -112,7 +89,7 @@ def test_pages_on_a_tpu_may_be_wider_than_heads(dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("backend", paged_attention.BACKENDS)
 def test_the_bits_of_a_row_do_not_depend_on_its_company(backend):
-    case = Case(((150, 1), (7, 1), (191, 1), (0, 0), (64, 1), (63, 1), (8, 1), (100, 1)))
+    case = COMPANY
     call, _ = make(case, "bfloat16")
     together = run(backend, call, case)
     order = [6, 2, 3, 0, 5, 1, 7, 4]

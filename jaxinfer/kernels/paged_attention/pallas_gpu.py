@@ -61,6 +61,7 @@ def paged_attention(
     soft_cap: float = 0.0,
     load: Any = None,
     exact: bool = True,
+    tiles: tuple[int, ...] = (),
 ) -> Float[Array, "B T N H"]:
     """See reference.paged_attention; pages hold their values as they are, so `load` has no work.
 
@@ -70,15 +71,15 @@ def paged_attention(
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, _, page_size, _ = k_pages.shape
     group, dtype = num_heads // num_kv_heads, k_pages.dtype
-    tiles = gpu_tiles(page_table.shape[1] * page_size, head_dim, block=block)
-    num_splits = -(-page_table.shape[1] * page_size // tiles.split)
+    sizes = gpu_tiles(page_table.shape[1] * page_size, head_dim, block=block, chosen=tiles)
+    num_splits = -(-page_table.shape[1] * page_size // sizes.split)
     q_BKRH = queries.grouped(q, num_kv_heads, tile=_ROWS).astype(dtype)
     num_tiles = q_BKRH.shape[2] // _ROWS
-    keys = plgpu.SMEM((tiles.stages, tiles.keys, head_dim), dtype, transforms=_TILED)
-    arrivals = plgpu.Barrier(num_arrivals=tiles.keys // page_size, num_barriers=tiles.stages)
+    keys = plgpu.SMEM((sizes.stages, sizes.keys, head_dim), dtype, transforms=_TILED)
+    arrivals = plgpu.Barrier(num_arrivals=sizes.keys // page_size, num_barriers=sizes.stages)
     of_split = (batch, num_kv_heads, num_splits, num_tiles * _ROWS)
     run = plgpu.kernel(
-        functools.partial(_kernel, kind=_Kind(group, page_size, tiles, window, soft_cap)),
+        functools.partial(_kernel, kind=_Kind(group, page_size, sizes, window, soft_cap)),
         out_type=(
             jax.ShapeDtypeStruct(of_split, jnp.int32),
             jax.ShapeDtypeStruct(of_split, jnp.float32),

@@ -51,6 +51,7 @@ def paged_attention(
     soft_cap: float = 0.0,
     load: Callable[[Array], Array] = lambda stored: stored,
     exact: bool = True,
+    tiles: tuple[int, ...] = (),
 ) -> Float[Array, "B T N H"]:
     """See reference.paged_attention; pages may be wider than heads, with zeros at the end.
 
@@ -61,27 +62,29 @@ def paged_attention(
     num_kv_heads, _, page_size, width = k_pages.shape
     group = num_heads // num_kv_heads
     dtype = jax.eval_shape(load, jax.ShapeDtypeStruct((8, 128), k_pages.dtype)).dtype
-    tiles = tpu_tiles(num_queries * group, num_kv_heads, width, block=block, dtype=dtype)
-    q_BKRH = queries.grouped(q, num_kv_heads, tile=tiles.rows).astype(dtype)
+    sizes = tpu_tiles(
+        num_queries * group, num_kv_heads, width, block=block, dtype=dtype, chosen=tiles
+    )
+    q_BKRH = queries.grouped(q, num_kv_heads, tile=sizes.rows).astype(dtype)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
-    kind = _Kind(group, page_size, block, tiles, window, soft_cap, load)
-    of_tile = pl.BlockSpec((1, *tiles, width), lambda row, heads, tile, *_: (row, heads, tile, 0))
+    kind = _Kind(group, page_size, block, sizes, window, soft_cap, load)
+    of_tile = pl.BlockSpec((1, *sizes, width), lambda row, heads, tile, *_: (row, heads, tile, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    buffer = pltpu.VMEM((_AHEAD, tiles.heads, block, width), k_pages.dtype)
+    buffer = pltpu.VMEM((_AHEAD, sizes.heads, block, width), k_pages.dtype)
     out_BKRH = pl.pallas_call(
         functools.partial(_kernel, kind=kind),
         out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(batch, num_kv_heads // tiles.heads, q_BKRH.shape[2] // tiles.rows),
+            grid=(batch, num_kv_heads // sizes.heads, q_BKRH.shape[2] // sizes.rows),
             in_specs=[of_tile, anywhere, anywhere],
             out_specs=of_tile,
             scratch_shapes=[
                 buffer,
                 buffer,
-                pltpu.VMEM((*tiles, 1), jnp.int32),
-                pltpu.VMEM((*tiles, 1), jnp.float32),
-                pltpu.VMEM((*tiles, width), jnp.float32),
+                pltpu.VMEM((*sizes, 1), jnp.int32),
+                pltpu.VMEM((*sizes, 1), jnp.float32),
+                pltpu.VMEM((*sizes, width), jnp.float32),
                 pltpu.SemaphoreType.DMA((_AHEAD, 2)),
             ],
         ),

@@ -1,10 +1,15 @@
-"""Tile sizes of the kernels: what fits, largest first."""
+"""Tile sizes of the kernels: by rule what fits, largest first, and all that could be tried."""
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.paged_attention.needs import Needs
+
+Sizes = tuple[int, ...]
+"""Chosen sizes of a kernel: TpuTiles or GpuTiles as plain numbers, () for those of the rule."""
 TPU_VMEM = 12 * 2**20  # of 16 MiB that a kernel may take unasked; compilers need some themselves
 _TPU_LANES = 128
 _TPU_MOST_ROWS = 256
@@ -18,14 +23,20 @@ class TpuTiles(NamedTuple):
 
 
 def tpu_tiles(
-    rows: int, num_kv_heads: int, head_dim: int, *, block: int, dtype: DTypeLike
+    rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    block: int,
+    dtype: DTypeLike,
+    chosen: Sizes = (),
 ) -> TpuTiles:
     """As many heads as fit with the fewest rows, since one copy brings a page of all of them;
-    then as many rows as fit."""
-    least = 32 // jnp.dtype(dtype).itemsize  # rows of a vector register
-    wanted = min(_TPU_MOST_ROWS, -(-rows // least) * least)
-    divisors = [heads for heads in range(num_kv_heads, 0, -1) if num_kv_heads % heads == 0]
-    for heads in divisors:
+    then as many rows as fit. Chosen ones are upper bounds: a mesh leaves fewer heads."""
+    least = _tpu_least_rows(dtype)
+    most = TpuTiles(*chosen) if chosen else TpuTiles(num_kv_heads, _TPU_MOST_ROWS)
+    wanted = min(most.rows, -(-rows // least) * least)
+    for heads in _divisors(num_kv_heads, most.heads):
         for tile in range(wanted, 0, -least):
             if tpu_bytes(TpuTiles(heads, tile), head_dim, block=block, dtype=dtype) <= TPU_VMEM:
                 return TpuTiles(heads, tile)
@@ -43,10 +54,12 @@ def tpu_bytes(tiles: TpuTiles, head_dim: int, *, block: int, dtype: DTypeLike) -
 
 
 GPU_SMEM = 227 * 1024  # what a program on a Hopper GPU can have
-_GPU_KEYS = 64  # more need more registers than there are
+_GPU_KEYS = 64  # what wgmma sums over at once; twice that may need more registers than there are
 _GPU_MOST_STAGES = 4
 _GPU_LEAST_SPLIT = 512
 _GPU_MOST_SPLITS = 16
+_GPU_MOST_CHOSEN_SPLITS = 64  # each is a step of the merge
+_GPU_ALIGNED = 4096  # what arrays lose to alignment, and barriers
 
 
 class GpuTiles(NamedTuple):
@@ -57,12 +70,15 @@ class GpuTiles(NamedTuple):
     stages: int  # blocks of keys in shared memory
 
 
-def gpu_tiles(longest: int, head_dim: int, *, block: int) -> GpuTiles:
+def gpu_tiles(longest: int, head_dim: int, *, block: int, chosen: Sizes = ()) -> GpuTiles:
     """Splits of 512 keys, or of a sixteenth of the longest sequence; as many stages as leave room
-    for a second program beside, and two at least."""
+    for a second program beside, and two at least. Chosen splits grow with the longest sequence
+    too, later."""
+    if chosen:
+        tiles = GpuTiles(*chosen)
+        return tiles._replace(split=_split(tiles.split, longest, _GPU_MOST_CHOSEN_SPLITS, block))
     keys = min(_GPU_KEYS, block)
-    split = max(_GPU_LEAST_SPLIT, -(-longest // _GPU_MOST_SPLITS))
-    split = -(-split // block) * block
+    split = _split(_GPU_LEAST_SPLIT, longest, _GPU_MOST_SPLITS, block)
     fitting = [
         stages
         for stages in range(2, _GPU_MOST_STAGES + 1)
@@ -75,4 +91,65 @@ def gpu_bytes(tiles: GpuTiles, head_dim: int) -> int:
     """What a program takes of shared memory."""
     pages = 2 * tiles.stages * tiles.keys * head_dim * 2
     rows = 64 * (head_dim * 2 + 64 * 4 + 8)
-    return pages + rows + 1024
+    return pages + rows + _GPU_ALIGNED
+
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "pallas_tpu": TpuTiles._fields,
+    "pallas_gpu": GpuTiles._fields,
+}
+"""The kernels that have tiles, and what their sizes are called."""
+
+
+def misfit(backend: str, sizes: Sizes, needs: Needs) -> str:
+    """Why a kernel can't take these sizes; "" where it can."""
+    if backend not in FIELDS:
+        return f"{backend} has no tiles"
+    names = FIELDS[backend]
+    if len(sizes) != len(names) or min(sizes) < 1:
+        return f"{backend} takes {len(names)} sizes of at least 1: {', '.join(names)}"
+    block, head_dim = needs.block, needs.head_dim
+    if backend == "pallas_tpu":
+        tiles, least = TpuTiles(*sizes), _tpu_least_rows(needs.dtype)
+        if tiles.rows % least:
+            return f"rows must be a multiple of {least} in {needs.dtype}"
+        need, room = tpu_bytes(tiles, head_dim, block=block, dtype=needs.dtype), TPU_VMEM
+    else:
+        keys, split, stages = sizes
+        if keys % _GPU_KEYS or keys % needs.page_size or block % keys or split % block:
+            return (
+                f"keys must be a multiple of {_GPU_KEYS} and of engine.cache.page_size = "
+                f"{needs.page_size}, and divide engine.attention_block = {block}, which must "
+                "divide split"
+            )
+        if stages < 2:
+            return "stages must be at least 2, so that one arrives while another is used"
+        need, room = gpu_bytes(GpuTiles(keys, split, stages), head_dim), GPU_SMEM
+    return f"they take {need} bytes on the chip, which has {room}" if need > room else ""
+
+
+def candidates(backend: str, needs: Needs, *, num_kv_heads: int, longest: int) -> tuple[Sizes, ...]:
+    """All sizes that are worth a try; none for a kernel without tiles."""
+    if backend == "pallas_tpu":
+        rows = (16, 32, 64, 128, 256)
+        ways = itertools.product(_divisors(num_kv_heads, num_kv_heads), rows)
+    elif backend == "pallas_gpu":
+        splits = [count * needs.block for count in (1, 2, 4, 8, 16)]
+        splits = [split for split in splits if split <= longest] or [needs.block]
+        ways = itertools.product((_GPU_KEYS, 2 * _GPU_KEYS), splits, (2, 3, 4, 6))
+    else:
+        return ()
+    return tuple(sizes for sizes in ways if not misfit(backend, sizes, needs))
+
+
+def _split(least: int, longest: int, most: int, block: int) -> int:
+    return -(-max(least, -(-longest // most)) // block) * block
+
+
+def _tpu_least_rows(dtype: DTypeLike) -> int:
+    """Rows of a vector register."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [one for one in range(min(number, most), 0, -1) if number % one == 0]

@@ -1,0 +1,63 @@
+"""Products with weights by rows and precision: bandwidth where rows are few, operations beyond."""
+
+from statistics import median
+
+from jaxinfer.bench import kernel_cases
+from jaxinfer.bench.hardware.device import product
+from jaxinfer.bench.hardware.part import Part
+from jaxinfer.bench.probes import Probes
+
+_PRECISIONS = ("bf16", "int8")
+
+
+def measure(part: Part) -> None:
+    """A row a precision, shape and number of rows; precisions take turns in the same rounds."""
+    sizes, probes = part.sizes, Probes(part.sizes.probe_bytes)
+    run, flops = product(sizes.peak_side, "bfloat16")
+    run()
+    for rows in sizes.matmul_rows:
+        for outer, inner in sizes.matmul_shapes:
+            what = f"{rows} x {inner} x {outer}"
+            built = [
+                part.attempt(
+                    f"{precision}, {what}",
+                    lambda precision=precision, outer=outer, inner=inner, rows=rows: _ready(
+                        kernel_cases.matmul(
+                            precision,
+                            rows,
+                            outer,
+                            inner,
+                            cold_bytes=sizes.cold_bytes,
+                            repeats=max(1, sizes.moved_bytes // sizes.cold_bytes),
+                        )
+                    ),
+                )
+                for precision in _PRECISIONS
+            ]
+            cases = [case for case in built if case is not None]
+            found = part.attempt(
+                what,
+                lambda cases=cases: kernel_cases.in_rounds(
+                    cases, probes, sizes.rounds, is_late=lambda: part.is_late
+                ),
+            )
+            if found is None:
+                continue
+            top = flops / run()
+            for case, times in zip(cases, found.times, strict=True):
+                timing = kernel_cases.timing(case, times, found.copies)
+                part.add(
+                    kernel=case.kernel,
+                    size=case.size,
+                    us=timing.us,
+                    of_copy=timing.share,
+                    tflops=timing.gflops / 1e3,
+                    of_bf16_peak=1e9 * timing.gflops / top,
+                    copy_gb_per_s=median(found.copies) / 1e9,
+                )
+
+
+def _ready(case: kernel_cases.Case) -> kernel_cases.Case:
+    """The first run of a program is slow."""
+    case.run()
+    return case
