@@ -15,7 +15,7 @@ SMALLER = replace(CONFIG, num_slots=8)
 @pytest.mark.parametrize(
     ("config", "part", "count"),
     [
-        (CONFIG, 0.3, 400),
+        (CONFIG, 0.3, 150),
         pytest.param(CONFIG, 0.3, 1000, marks=pytest.mark.full),
         pytest.param(CONFIG, 0.2, 1000, marks=pytest.mark.full),
         pytest.param(CONFIG, 0.1, 1000, marks=pytest.mark.full),
@@ -28,7 +28,7 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part, count):
     """At most one short step of the flood's, under way or next, lies before each of its prompts.
 
     `part` is of the engine's capacity, of which its share is a half. In arrival order its figure
-    is 30 times the one alone.
+    is 20 times the one alone and more. Its first requests find an engine that knows one tenant.
     """
     capacity = capacity_per_s(config)
     rates = {SMALL: part * capacity, LARGE: 10 * capacity / 2}
@@ -36,22 +36,20 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part, count):
     solo = seen_by(
         SMALL, rates_per_s={SMALL: rates[SMALL]}, seconds=seconds, is_fair=True, config=config
     )
-    fair, first_come = (
-        seen_by(SMALL, rates_per_s=rates, seconds=seconds, is_fair=is_fair, config=config)
-        for is_fair in (True, False)
-    )
+    fair = seen_by(SMALL, rates_per_s=rates, seconds=seconds, is_fair=True, config=config)
+    first_come = seen_by(SMALL, rates_per_s=rates, seconds=25.0, is_fair=False, config=config)
     assert fair.num_refused == 0 and len(fair.ttft_s) == len(solo.ttft_s) > 0.8 * count
     print(f"{part} of {config.num_slots} slots: p99 {fair.p99_s / solo.p99_s:.2f} times solo")
     assert fair.p99_s <= 1.5 * solo.p99_s
     assert first_come.num_refused > 0
-    assert first_come.p99_s >= 30 * solo.p99_s
+    assert first_come.p99_s >= 20 * solo.p99_s
 
 
 def test_two_floods_share_the_engine_evenly():
     capacity = capacity_per_s(CONFIG)
     rates = {SMALL: 2 * capacity, LARGE: 8 * capacity}
     small, large = (
-        seen_by(tenant, rates_per_s=rates, seconds=20.0, is_fair=True) for tenant in rates
+        seen_by(tenant, rates_per_s=rates, seconds=10.0, is_fair=True) for tenant in rates
     )
     assert len(small.ttft_s) == pytest.approx(len(large.ttft_s), rel=0.15)
 
