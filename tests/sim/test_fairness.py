@@ -37,12 +37,14 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part, count):
         SMALL, rates_per_s={SMALL: rates[SMALL]}, seconds=seconds, is_fair=True, config=config
     )
     fair = seen_by(SMALL, rates_per_s=rates, seconds=seconds, is_fair=True, config=config)
-    first_come = seen_by(SMALL, rates_per_s=rates, seconds=25.0, is_fair=False, config=config)
+    first_come = seen_by(
+        SMALL, rates_per_s=rates, seconds=60 / rates[SMALL], is_fair=False, config=config
+    )
     assert fair.num_refused == 0 and len(fair.ttft_s) == len(solo.ttft_s) > 0.8 * count
     print(f"{part} of {config.num_slots} slots: p99 {fair.p99_s / solo.p99_s:.2f} times solo")
     assert fair.p99_s <= 1.5 * solo.p99_s
-    assert first_come.num_refused > 0
-    assert first_come.p99_s >= 20 * solo.p99_s
+    assert first_come.num_refused > 20
+    assert not first_come.ttft_s or first_come.p99_s >= 20 * solo.p99_s
 
 
 def test_two_floods_share_the_engine_evenly():
