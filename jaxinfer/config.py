@@ -137,7 +137,7 @@ class EngineConfig:
     strict_compiles: bool = True
     """A program that is compiled in a step ends the engine; otherwise it is counted and logged."""
     bits: Literal["exact", "fast"] = "exact"
-    """exact: an answer's bits never depend on its neighbours, tested at every start. fast: not
+    """exact: an answer's bits never depend on its neighbours, tested at the start. fast: not
     promised and not tested, and row and chunk counts below 8 are allowed."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 

@@ -15,7 +15,7 @@ SMALLER = replace(CONFIG, num_slots=8)
 @pytest.mark.parametrize(
     ("config", "part", "count"),
     [
-        (CONFIG, 0.3, 150),
+        (CONFIG, 0.3, 400),
         pytest.param(CONFIG, 0.3, 1000, marks=pytest.mark.full),
         pytest.param(CONFIG, 0.2, 1000, marks=pytest.mark.full),
         pytest.param(CONFIG, 0.1, 1000, marks=pytest.mark.full),
@@ -28,7 +28,7 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part, count):
     """At most one short step of the flood's, under way or next, lies before each of its prompts.
 
     `part` is of the engine's capacity, of which its share is a half. In arrival order its figure
-    is 20 times the one alone and more. Its first requests find an engine that knows one tenant.
+    is above 30 times the one alone.
     """
     capacity = capacity_per_s(config)
     rates = {SMALL: part * capacity, LARGE: 10 * capacity / 2}
@@ -44,7 +44,7 @@ def test_a_flood_of_one_tenant_is_hardly_felt_by_another(config, part, count):
     print(f"{part} of {config.num_slots} slots: p99 {fair.p99_s / solo.p99_s:.2f} times solo")
     assert fair.p99_s <= 1.5 * solo.p99_s
     assert first_come.num_refused > 20
-    assert not first_come.ttft_s or first_come.p99_s >= 20 * solo.p99_s
+    assert first_come.p99_s >= 30 * solo.p99_s
 
 
 def test_two_floods_share_the_engine_evenly():
