@@ -51,7 +51,7 @@ def test_two_floods_share_the_engine_evenly():
     capacity = capacity_per_s(CONFIG)
     rates = {SMALL: 2 * capacity, LARGE: 8 * capacity}
     small, large = (
-        seen_by(tenant, rates_per_s=rates, seconds=10.0, is_fair=True) for tenant in rates
+        seen_by(tenant, rates_per_s=rates, seconds=20.0, is_fair=True) for tenant in rates
     )
     assert len(small.ttft_s) == pytest.approx(len(large.ttft_s), rel=0.15)
 
