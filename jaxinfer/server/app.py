@@ -26,6 +26,7 @@ from jaxinfer.server.served import Deliver, EngineLike, ServedModel
 from jaxinfer.server.sight import Sight
 from jaxinfer.server.tenants import Tenants
 from jaxinfer.server.timeline import StepCounts
+from jaxinfer.server.turnstile import Turnstile, slow_connections
 from jaxinfer.server.watch import LOOK_S, Watch
 
 MakeEngine = Callable[[Deliver], EngineLike]
@@ -86,7 +87,7 @@ def run(
         explain=explain,
         steps=steps,
     )
-    event_loop.run(_run(server, config, ready, door))
+    event_loop.run(serve(server, config, ready, door))
 
 
 class Server:
@@ -96,6 +97,8 @@ class Server:
     and stops it. `restored` are the requests that this engine has from the start: its first output
     for each of them holds all of its tokens and text so far.
     """
+
+    make_profiler: Callable[[], Profiler] = Profiler
 
     def __init__(
         self,
@@ -143,8 +146,9 @@ class Server:
         self._health = Health((*SERVICES, self._served.name))
         self._door = Door(self._health, self._engine)
         self._watch = Watch(self._config.stall_limit_s)
-        self._profiler = Profiler()
+        self._profiler = self.make_profiler()
         self._arrivals = Arrivals()
+        self._turnstile = Turnstile(lambda is_slow: slow_connections(self._port, is_slow=is_slow))
         exposure.check(self._config, self._security)
         check_address(self._config)
         newest_turn = max((one.turn for one in self._restored), default=0)
@@ -152,7 +156,7 @@ class Server:
         self._gates = auth.gates(self._security, self._tenants, GATEWAY_SCOPES)
         self._fronts = [self._front(), *self._back()]
         self._credentials = tls.credentials(self._security)  # kept: gRPC asks it for certificates
-        port = _bind(self._fronts[0], self._config, self._credentials)
+        self._port = port = _bind(self._fronts[0], self._config, self._credentials)
         self._sight.open(self._engine.stats)
         for request in self._restored:
             self._hub.expect(request)
@@ -185,6 +189,7 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Refuses what is new, lets what runs finish within `grace_s`, ends the rest."""
         self._door.stop()
+        self._turnstile.close()
         self._expiry.cancel()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + grace_s
@@ -214,7 +219,7 @@ class Server:
             max_chat_messages=self._config.max_chat_messages,
             tenants=self._tenants,
         )
-        gates = (self._arrivals, *self._sight.interceptors, *self._gates)
+        gates = (self._turnstile, self._arrivals, *self._sight.interceptors, *self._gates)
         server = grpc.aio.server(interceptors=gates, options=_options(self._config))
         server.add_generic_rpc_handlers(edge.handlers())
         if GATEWAY is not None:
@@ -301,9 +306,10 @@ class Server:
         return not self._hub.live
 
 
-async def _run(
+async def serve(
     server: Server, config: ServerConfig, ready: Callable[[int], None], door: OpenAIDoor | None
 ) -> None:
+    """What `run` does, of a server that is made."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:

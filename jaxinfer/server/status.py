@@ -50,6 +50,9 @@ BEGUN: ContextVar[Callable[[Request, bool], None]] = ContextVar(
 )
 """Hears what the engine was asked by the call of this task, and whether it is a chat."""
 
+SAID: ContextVar[Callable[[], None]] = ContextVar("said", default=lambda: None)
+"""Hears that the message of the call of this task has come."""
+
 log = logging.getLogger("jaxinfer.server")
 
 
@@ -101,6 +104,7 @@ def let_go(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """
 
     async def handle(message: Any, call: Any) -> Any:
+        SAID.get()()
         try:
             return await behaviour(message, call)
         except grpc.aio.AbortError as error:

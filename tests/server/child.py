@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from jaxinfer.edge_config import ServerConfig
-from jaxinfer.server import event_loop
+from jaxinfer.server import event_loop, turnstile
 from tests.server.serving import running
 
 ROOT = Path(__file__).parents[2]
@@ -58,14 +58,19 @@ class Report(NamedTuple):
     """Answers that are kept for who asks again."""
     leases: int
     """Requests that hold a part of a quota."""
+    is_slowing: bool
+    """Whether new connections are slowed down."""
 
 
 @contextmanager
-def child(*, step_s: float, **config: Any) -> Iterator[Child]:
-    """A server with these settings, until the end of the block; its exit must be clean."""
+def child(*, step_s: float, hold_s: float = turnstile.HOLD_S, **config: Any) -> Iterator[Child]:
+    """A server with these settings, until the end of the block; its exit must be clean.
+
+    New connections are slow for `hold_s` after an abuse.
+    """
     settings = json.dumps({"port": 0, **config})
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.server.child", str(step_s), settings],
+        [sys.executable, "-m", "tests.server.child", str(step_s), str(hold_s), settings],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -99,9 +104,11 @@ async def _serve(step_s: float, settings: dict[str, Any]) -> None:
                 descriptors=me.num_fds(),
                 answers=len(hub.answers),
                 leases=server.server._tenants.num_live(""),
+                is_slowing=server.server._turnstile.is_slowing,
             )
             print(json.dumps(report._asdict()), flush=True)
 
 
 if __name__ == "__main__":
-    event_loop.run(_serve(float(sys.argv[1]), json.loads(sys.argv[2])))
+    turnstile.HOLD_S = float(sys.argv[2])
+    event_loop.run(_serve(float(sys.argv[1]), json.loads(sys.argv[3])))

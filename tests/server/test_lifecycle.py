@@ -203,7 +203,7 @@ def test_what_outlives_the_grace_ends_with_a_status_and_the_exit_is_still_clean(
 
 
 class Serving(NamedTuple):
-    """A server that app._run takes from start to end, in this process."""
+    """A server that app.serve takes from start to end, in this process."""
 
     engine: FakeEngine
     stub: inference_pb2_grpc.InferenceServiceStub
@@ -224,7 +224,7 @@ def run_to_its_end(body, **config):
 
         settings = ServerConfig(port=0, **config)
         server = app.Server(served(), make_engine, settings)
-        ends = asyncio.ensure_future(app._run(server, settings, ports.put_nowait, None))
+        ends = asyncio.ensure_future(app.serve(server, settings, ports.put_nowait, None))
         port = await ports.get()
         seen: list[tuple[str, int, float]] = []
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as wire:
