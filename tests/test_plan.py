@@ -131,6 +131,7 @@ def test_an_estimate_alone_refuses_nothing():
 
 def test_an_engine_that_does_not_fit_is_not_built(monkeypatch):
     monkeypatch.setattr("jaxinfer.plan.device_memory", lambda: 2**20)
+    tiny.params()  # drawing the weights compiles
     before = programs_of.num_compiles()
     with pytest.raises(ConfigError, match="the device has 1.0 MiB"):
         tiny.make_engine()

@@ -98,7 +98,9 @@ class Gateway:
         return grpc.method_handlers_generic_handler(
             NAME,
             {
-                name: grpc.unary_unary_rpc_method_handler(method, response_serializer=_to_bytes)
+                name: grpc.unary_unary_rpc_method_handler(
+                    let_go(method), response_serializer=_to_bytes
+                )
                 for name, method in unary.items()
             }
             | {

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxinfer.errors import Draining
 from jaxinfer.server.served import EngineLike
+from jaxinfer.server.status import SAID
 
 Status = health_pb2.HealthCheckResponse
 LIVENESS = ""
@@ -42,6 +43,7 @@ class Health(health_pb2_grpc.HealthServicer):
 
     async def Check(self, request: Any, context: Any) -> Any:
         """The status of one name; NOT_FOUND for one that is not known."""
+        SAID.get()()
         if request.service not in self._states:
             known = ", ".join(repr(name) for name in self._states)
             await context.abort(
@@ -51,6 +53,7 @@ class Health(health_pb2_grpc.HealthServicer):
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """The status of one name now, and again whenever it changes."""
+        SAID.get()()
         said: Any = None
         while True:
             news = self._news

@@ -5,11 +5,15 @@ import contextvars
 import socket
 import sys
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxinfer.server import turnstile
 from jaxinfer.server.status import SAID
 from jaxinfer.server.turnstile import CLOSE_AT, FADE_S, HOLD_S, Turnstile, slow_connections
+from jaxinfer.v1 import model_pb2, model_pb2_grpc
+from tests.server.serving import with_stub
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
 
@@ -146,3 +150,19 @@ def test_what_was_told_to_a_port_holds_it_no_longer_than_its_owner():
         again.bind(address)
         again.listen()
         assert num_connected(again, 8) == 8
+
+
+def test_calls_that_ask_little_leave_new_connections_as_they_are():
+    async def body(stub, server):
+        async with grpc.aio.insecure_channel(server.target) as wire:
+            health = health_pb2_grpc.HealthStub(wire)
+            models = model_pb2_grpc.ModelServiceStub(wire)
+            for _ in range(3 * int(CLOSE_AT)):
+                await health.Check(health_pb2.HealthCheckRequest())
+                await models.ListModels(model_pb2.ListModelsRequest())
+                watch = health.Watch(health_pb2.HealthCheckRequest())
+                await watch.read()
+                watch.cancel()
+                assert server.server._turnstile._level <= 2
+
+    with_stub(body)
