@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.bench.hardware import check, kernels, part, table
 from jaxinfer.bench.hardware.part import Part, Pretended
-from jaxinfer.bench.hardware.sizes import BUDGETS, REAL, TINY
+from jaxinfer.bench.hardware.sizes import BUDGETS, REAL, TINY, work
 from jaxinfer.kernels.paged_attention import BACKENDS, Needs
 from tests.kernels import mosaic_gpu
 
@@ -90,8 +90,8 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
 
 def test_a_kernel_that_is_not_for_this_device_or_not_proven_is_left_out_and_said_once(tmp_path):
     one = make_part(tmp_path, sizes=REAL, without=("reference",))
-    needs = Needs("cpu", "", "bfloat16", 64, 16, 64)
-    assert [one.kernel(name, needs) for name in (*BACKENDS, *BACKENDS)] == [None] * 6
+    needs = Needs("cpu", "", "float16", 64, 16, 64)
+    assert [one.kernel(name, needs) for name in (*BACKENDS, *BACKENDS)] == [None] * 8
     skipped = saved(tmp_path)["skipped"]
     assert [entry["what"] for entry in skipped] == list(BACKENDS)
     assert "wrong, failed or hung before" in skipped[0]["why"]
@@ -118,6 +118,26 @@ def test_a_part_that_dies_or_hangs_leaves_what_it_had_found(tmp_path, monkeypatc
     got = check.check(options)["parts"]["steps"]
     assert got["status"].startswith(code) and got["rows"] == [{"us": 1}]
     assert "the last words" in got["error"]
+
+
+def test_a_report_compares_serving_where_both_were_measured():
+    ours = found(
+        {
+            "model": "toy",
+            "attention": "native",
+            "requests": 4,
+            "slots": 2,
+            "output_tokens": 18,
+            "seconds": 0.01,
+            "tokens_per_s": 1800.0,
+        }
+    )
+    theirs = {"peer": "transformers", "model": "toy", "way": "continuous batching", "ms": 15.0}
+    peers = found({**theirs, "program": "serving 4 requests", "tokens_per_s": 1200.0})
+    report = {"jaxinfer": "0", "seconds": 3.0, "wrong": [], "parts": {"serving": ours}}
+    assert "times the tokens/s" not in table.text(report)
+    report["parts"]["peers"] = peers
+    assert "serving toy: 1.50 times the tokens/s of transformers" in table.text(report)
 
 
 def test_a_report_says_wrong_things_last():
@@ -168,6 +188,9 @@ def test_all_parts_run_tiny_with_the_gpu_kernel_in_its_interpreter(tmp_path, mon
     ]
     assert all(row["compile_s"] > 0 and row["pages_in_place"] for row in parts["steps"]["rows"])
     assert any("cuDNN" in one["error"] for one in parts["attention"]["failures"])
+    (served,) = parts["serving"]["rows"]
+    asked = work(TINY.serving, 256)
+    assert served["output_tokens"] == sum(one.num_out for one in asked)
     assert parts["peers"]["rows"] or parts["peers"]["skipped"]
     assert "correctness: holds" in shown
 
@@ -180,7 +203,7 @@ for name in ("jaxtyping", "rich", "jinja2", "cyclopts", "tokenizers", "safetenso
 from jaxinfer.bench.hardware.check import main
 import importlib
 code = main(["--tiny", "--parts", "device", "matmuls", "steps", "--out", sys.argv[1]])
-for name in ("kernels", "attention", "bits", "peers"):
+for name in ("kernels", "attention", "bits", "serving", "peers"):
     importlib.import_module("jaxinfer.bench.hardware." + name)
 sys.exit(code)
 """

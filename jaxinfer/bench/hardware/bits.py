@@ -43,7 +43,7 @@ def _compare(part: Part, config: EngineConfig) -> None:
     model = part.sizes.same_bits
     params = spec.initialise(models.spec_of(model), jax.random.key(0), config.compute_dtype)
     params = jax.tree.map(lambda leaf: 3 * leaf, params)  # logits that differ from token to token
-    engine = Engine(params, model, _NoText(), config)
+    engine = Engine(params, model, NoText(), config)
     tested = engine.self_test
     requests = _requests(part)
     together = _answers(engine, requests)
@@ -93,13 +93,13 @@ def _answers(engine: Engine, requests: list[Request]) -> Answers:
     return found
 
 
-class _NoText:
+class NoText:
     """Stands in for a tokenizer: tokens are compared, not text."""
 
-    def stream(self, prompt_tail: Any = (), *, stop: tuple[str, ...] = ()) -> "_NoText":
+    def stream(self, prompt_tail: Any = (), *, stop: tuple[str, ...] = ()) -> "NoText":
         return self
 
-    def push(self, token: int) -> "_NoText":
+    def push(self, token: int) -> "NoText":
         return self
 
     def finish(self) -> str:

@@ -1,4 +1,4 @@
-"""transformers with torch on the same shapes: random weights, a static cache, and a CUDA graph."""
+"""transformers with torch on the same shapes: a static cache and a CUDA graph, and serving."""
 
 import importlib
 import time
@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from jaxinfer.bench.hardware.part import Part
+from jaxinfer.bench.hardware.sizes import Asked, work
 from jaxinfer.config import ModelConfig
 
 
@@ -37,6 +38,8 @@ def measure(part: Part) -> None:
                 partial(_decode, part, torch, transformers, made, name, rows, device),
             )
         part.attempt(f"{name}: prefill", partial(_prefill, part, torch, made, name, device))
+        if name == part.sizes.models[0][0]:
+            part.attempt(f"{name}: serving", partial(_serve, part, transformers, made, name))
 
 
 def _model(torch: Any, transformers: Any, model: ModelConfig, device: str, part: Part) -> Any:
@@ -114,6 +117,61 @@ def _prefill(part: Part, torch: Any, made: Any, name: str, device: str) -> None:
         ms=1e3 * median(times),
         tokens_per_s=part.sizes.context / median(times),
     )
+
+
+def _serve(part: Part, transformers: Any, made: Any, name: str) -> None:
+    """The requests of the part `serving` through continuous batching, all of them at once."""
+    size = part.sizes.serving
+    asked = work(size, made.config.vocab_size)
+    longest = size.longest_prompt + size.longest_answer
+    page_size = 32
+    made.set_attn_implementation("paged|sdpa")
+    settings = transformers.GenerationConfig(
+        max_new_tokens=size.longest_answer, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    paged = transformers.ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=-(-size.slots * longest // page_size),
+        max_batch_tokens=max(size.slots, size.prefill_chunks[-1]),
+        allow_block_sharing=False,
+    )
+    with made.continuous_batching_context_manager(
+        generation_config=settings, continuous_batching_config=paged
+    ) as manager:
+        _answers(manager, asked[: size.slots], "warm")
+        started = time.perf_counter()
+        count = _answers(manager, asked, "timed")
+        seconds = time.perf_counter() - started
+    part.add(
+        peer="transformers",
+        model=name,
+        program=f"serving {len(asked)} requests",
+        way="continuous batching",
+        ms=1e3 * seconds,
+        tokens_per_s=count / seconds,
+    )
+
+
+def _answers(manager: Any, asked: list[Asked], label: str) -> int:
+    """Tokens of all answers."""
+    for number, one in enumerate(asked):
+        manager.add_request(
+            list(one.prompt),
+            request_id=f"{label}{number}",
+            max_new_tokens=one.num_out,
+            eos_token_id=-1,
+        )
+    count = done = 0
+    while done < len(asked):
+        result = manager.get_result(timeout=30)
+        if result is None:
+            raise RuntimeError("continuous batching told nothing for 30 s")
+        if result.error:
+            raise RuntimeError(str(result.error))
+        if result.is_finished():
+            done += 1
+            count += len(result.generated_tokens)
+    return count
 
 
 def _captured(torch: Any, step: Callable[[], None], device: str) -> tuple[Callable[[], None], str]:

@@ -1,18 +1,20 @@
 """How large everything of a check is: for a device in earnest, or tiny, to see that it runs."""
 
+import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxinfer.config import ModelConfig
 
 BUDGETS: dict[str, float] = {
-    "device": 40.0,
-    "kernels": 110.0,
-    "attention": 110.0,
-    "matmuls": 60.0,
-    "bits": 70.0,
-    "steps": 140.0,
-    "peers": 60.0,
+    "device": 35.0,
+    "kernels": 100.0,
+    "attention": 90.0,
+    "matmuls": 45.0,
+    "bits": 60.0,
+    "steps": 115.0,
+    "serving": 75.0,
+    "peers": 80.0,
 }
 """The parts of a check in their order, and seconds that each may take; together under ten minutes.
 """
@@ -76,6 +78,36 @@ class Load:
     page_size: int = 64
 
 
+class Serving(NamedTuple):
+    """More requests than slots, of mixed lengths."""
+
+    slots: int
+    requests: int
+    longest_prompt: int
+    longest_answer: int
+    prefill_chunks: tuple[int, ...]
+    decode_rows: tuple[int, ...]
+
+
+class Asked(NamedTuple):
+    """One of them."""
+
+    prompt: tuple[int, ...]
+    num_out: int
+
+
+def work(serving: Serving, vocab_size: int) -> list[Asked]:
+    """The requests; the same ones for everybody. The shortest are an eighth of the longest."""
+    rng = random.Random(0)
+
+    def one() -> Asked:
+        num_in = rng.randint(serving.longest_prompt // 8, serving.longest_prompt)
+        num_out = rng.randint(serving.longest_answer // 8, serving.longest_answer)
+        return Asked(tuple(rng.randrange(vocab_size) for _ in range(num_in)), num_out)
+
+    return [one() for _ in range(serving.requests)]
+
+
 class Turns(NamedTuple):
     """How a program goes through what is read."""
 
@@ -119,6 +151,7 @@ class Sizes:
     requests: int
     answer: int
     """Tokens of each."""
+    serving: Serving
 
 
 REAL = Sizes(
@@ -152,6 +185,7 @@ REAL = Sizes(
     same_bits=SMALL,
     requests=12,
     answer=48,
+    serving=Serving(64, 192, 1024, 256, (128, 512), (64,)),
 )
 TINY = Sizes(
     is_tiny=True,
@@ -175,4 +209,5 @@ TINY = Sizes(
     same_bits=TOY,
     requests=3,
     answer=5,
+    serving=Serving(2, 4, 24, 8, (16,), (2,)),
 )

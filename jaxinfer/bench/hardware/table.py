@@ -32,6 +32,15 @@ _COLUMNS: dict[str, tuple[tuple[str, Callable[[Row], str]], ...]] = {
         ("tokens/s", lambda row: f"{row['tokens_per_s']:.0f}"),
         ("compile s", lambda row: f"{row['trace_s'] + row['compile_s']:.1f}"),
     ),
+    "serving": (
+        ("model", lambda row: row["model"]),
+        ("attention", lambda row: row["attention"]),
+        ("requests", lambda row: str(row["requests"])),
+        ("slots", lambda row: str(row["slots"])),
+        ("tokens", lambda row: str(row["output_tokens"])),
+        ("seconds", lambda row: f"{row['seconds']:.1f}"),
+        ("tokens/s", lambda row: f"{row['tokens_per_s']:.0f}"),
+    ),
     "peers": (
         ("peer", lambda row: row["peer"]),
         ("model", lambda row: row["model"]),
@@ -59,9 +68,20 @@ def text(report: Mapping[str, Any]) -> str:
         lines += [f"  not here: {one['what']}: {_first(one['why'])}" for one in part["skipped"]]
         if part.get("error"):
             lines.append(f"  ended by: {_first(part['error'][-300:])}")
-    lines += ["", *(f"WRONG: {one}" for one in report["wrong"])]
+    lines += ["", *_against(report["parts"]), *(f"WRONG: {one}" for one in report["wrong"])]
     lines.append("correctness: " + ("failed" if report["wrong"] else "holds"))
     return "\n".join(lines)
+
+
+def _against(parts: Mapping[str, Any]) -> list[str]:
+    """What the same requests took here and elsewhere, where both were measured."""
+    own = {row["model"]: row for row in parts.get("serving", {}).get("rows", ())}
+    return [
+        f"serving {row['model']}: {own[row['model']]['tokens_per_s'] / row['tokens_per_s']:.2f} "
+        f"times the tokens/s of {row['peer']}"
+        for row in parts.get("peers", {}).get("rows", ())
+        if row["program"].startswith("serving") and row["model"] in own
+    ]
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
