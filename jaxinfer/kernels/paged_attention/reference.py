@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.dims import Leaf
 from jaxinfer.exact import enough_rows, with_rows
+from jaxinfer.kernels.paged_attention.online import capped
 
 _NOTHING = -(2**30)
 MIN_QUERY_ROWS = 4  # fewer rows leave XLA:CPU's fast batched dot, and change a row's bits
@@ -33,6 +34,7 @@ def paged_attention(
     *,
     block: int,
     window: int = 0,
+    soft_cap: float = 0.0,
     load: Callable[..., Array] = lambda stored: stored,
     exact: bool = True,
     tiles: tuple[int, ...] = (),
@@ -41,6 +43,7 @@ def paged_attention(
 
     Pages are [K, P, C, H]; row b's token s lies in page page_table[b, s // C] at offset s % C, and
     the new tokens are already there. With a window only the last `window` positions are seen.
+    A `soft_cap` bounds logits: cap * tanh(logit / cap), 0 for none (Gemma 2, arXiv:2408.00118).
     `load` turns what is stored into values; int8 pages give it codes [..., H] and the bits of
     their scales, which lie behind the codes (see `rounded`). Queries t >= lengths[b] return zeros.
     What pages hold outside a row's positions, NaN included, changes nothing.
@@ -74,7 +77,8 @@ def paged_attention(
         k_KBSH = load(*_gather(k_pages, pages, head_dim))
         v_KBSH = load(*_gather(v_pages, pages, head_dim))
         v_KBSH = jnp.where(owned[None, ..., None], v_KBSH, jnp.zeros((), v_KBSH.dtype))
-        return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible & owned[:, None], exact=exact)
+        visible &= owned[:, None]
+        return _merge(softmax, q_KBRH, k_KBSH, v_KBSH, visible, soft_cap=soft_cap, exact=exact)
 
     ends = jnp.where(lengths > 0, owned_end, 0)
     first = jnp.where(lengths > 0, starts + 1 - window, jnp.iinfo(jnp.int32).max) // block
@@ -141,6 +145,7 @@ def _merge(
     v_KBSH: Array,
     visible: Bool[Array, "B R S"],
     *,
+    soft_cap: float,
     exact: bool,
 ) -> _Softmax:
     """Takes one more block of keys into an unfinished softmax.
@@ -153,7 +158,7 @@ def _merge(
     logits = lax.dot_general(
         q_KBRH.astype(k_KBSH.dtype), k_KBSH, over_h, preferred_element_type=jnp.float32
     )
-    logits = jnp.where(visible[None], logits, -jnp.inf)
+    logits = jnp.where(visible[None], capped(logits, soft_cap), -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     block_top = jnp.where(largest == -jnp.inf, _NOTHING, jnp.ceil(largest).astype(jnp.int32))
     top = jnp.maximum(softmax.top, block_top)
