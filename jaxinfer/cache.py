@@ -14,6 +14,7 @@ from jaxinfer.dims import Leaf
 from jaxinfer.kernels.paged_attention import rounded
 from jaxinfer.spec import ArraySpec, map_specs
 
+ON_CPU = ("reference", "native")  # backends of attention that run there
 _LANES = 128  # of a TPU's vector registers
 # XLA:CPU of jax 0.10 turns a bfloat16 scatter into a float32 copy of the whole pool; bits of
 # the same width go through untouched (fixed in 0.11).
@@ -62,7 +63,7 @@ def page_dtype(engine: EngineConfig) -> jnp.dtype:
     They run where a bfloat16 scatter is in place.
     """
     dtype = jnp.dtype(kept_dtype(engine))
-    stores_bits = _STORES_BITS and engine.attention == "reference" and dtype == jnp.bfloat16
+    stores_bits = _STORES_BITS and engine.attention in ON_CPU and dtype == jnp.bfloat16
     return jnp.dtype(jnp.uint16) if stores_bits else dtype
 
 

@@ -1,5 +1,6 @@
 """The device's side of an engine: weights, cache and programs; steps go in, tokens come out."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
-from jaxinfer import selftest
+from jaxinfer import models, selftest
 from jaxinfer.compile import ALLOCATE, READ_PAGES, Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.fingerprint import needs_of, settle
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.sequence import Sequence
@@ -20,10 +21,12 @@ from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
 from jaxinfer.kernels.paged_attention import tuned
 from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
+from jaxinfer.sharding import layout_of
 from jaxinfer.store import Store
 from jaxinfer.verdict import SelfTest
 
 Watch = Callable[[np.ndarray], None]
+log = logging.getLogger(__name__)
 
 
 class Handle(NamedTuple):
@@ -54,14 +57,13 @@ class Device:
         store: Store | None = None,
         progress: programs_of.Progress = lambda stage, done, total: None,
     ) -> None:
-        needs = paged_attention.needs_here(
-            dtype=paged.kept_dtype(config),
-            head_dim=model.head_dim,
-            page_size=config.cache.page_size,
-            block=config.attention_block,
-        )
+        needs = needs_of(model, config)
         config = replace(config, attention=paged_attention.choose(config.attention, needs))
         config = tuned.settle(config, needs, group=model.num_heads // model.num_kv_heads)
+        devices = layout_of(models.spec_of(model), params).devices
+        config, reason = settle(model, config, devices)
+        if model.quant != "none":
+            log.info("products: %s%s", config.products, reason and f", because {reason}")
         self.config = config
         check_memory(plan_memory(model, config, params=params))
         self.programs: Programs = programs_of.build(

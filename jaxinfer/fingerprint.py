@@ -5,21 +5,24 @@ import hashlib
 import os
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib.version
 from jax.sharding import NamedSharding
 
+from jaxinfer import cache as paged
 from jaxinfer import config as settings
 from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.kernels import native, paged_attention, products
 from jaxinfer.spec import dotted
 from jaxinfer.store import Devices, Key
 
 # Nothing in these runs on the device; whatever else is in the package is taken to.
 HOST_ONLY = {
-    *("bench", "cli", "client", "host", "quality", "server", "text", "v1", "weights"),
+    *("bench", "cli", "client", "cluster", "host", "quality", "server", "text", "v1", "weights"),
     *("__init__.py", "__main__.py", "demo.py", "engine.py", "errors.py", "llm.py", "manifest.py"),
     *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py", "verdict.py"),
 }
@@ -38,7 +41,33 @@ _HARMLESS = (
     "timeout",
     "traceback",
     "transfer_guard",
+    "visible_devices",  # which devices are there stands in the key by itself
 )
+
+
+class Settled(NamedTuple):
+    """A config as its programs are compiled, and why a choice in it is not the faster one."""
+
+    engine: EngineConfig
+    reason: str
+
+
+def settle(model: ModelConfig, engine: EngineConfig, devices: Devices) -> Settled:
+    """Decides what `auto` leaves open; raises ConfigError where what was asked for can't be had."""
+    needs = products.Needs(devices[0].platform, len(devices), model.quant != "none")
+    choice = products.choose(engine.products, needs)
+    attention = paged_attention.pick(engine.attention, needs_of(model, engine))
+    return Settled(replace(engine, products=choice.name, attention=attention), choice.reason)
+
+
+def needs_of(model: ModelConfig, engine: EngineConfig) -> paged_attention.Needs:
+    """What an engine needs of attention."""
+    return paged_attention.needs_here(
+        dtype=paged.kept_dtype(engine),
+        head_dim=model.head_dim,
+        page_size=engine.cache.page_size,
+        block=engine.attention_block,
+    )
 
 
 def program_key(
@@ -51,12 +80,13 @@ def program_key(
     mesh: str = "",
 ) -> Key:
     """Everything that one program depends on; `arguments` are abstract values."""
+    engine = settle(model, engine, devices).engine
     return {
         "program": name,
         "model": repr(model),
         "engine": repr(
             {
-                "attention": engine.attention,
+                "attention": native.identity(engine.attention),
                 "attention_block": engine.attention_block,
                 "attention_tiles": engine.attention_tiles,
                 "bits": engine.bits,
@@ -66,6 +96,7 @@ def program_key(
                 "page_dtype": engine.cache.dtype,
                 "page_size": engine.cache.page_size,
                 "pages_per_seq": engine.pages_per_seq,
+                "products": native.identity(engine.products),
             }
         ),
         "arguments": arguments_digest(arguments),
@@ -134,6 +165,8 @@ def _device(devices: Devices) -> str:
     first = devices[0]
     version = " ".join(first.client.platform_version.split())
     places = ",".join(str(device.id) for device in devices)
+    if processes := max(device.process_index for device in devices):
+        places += f" of {processes + 1} processes"
     return f"{first.platform} {first.device_kind}, {version}, devices {places}"
 
 

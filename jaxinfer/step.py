@@ -19,6 +19,7 @@ from jaxinfer.exact import enough_rows, with_rows
 from jaxinfer.inputs import Batch, Scores, StepOutput
 from jaxinfer.kernels import paged_attention
 from jaxinfer.parallel import WHOLE, Split
+from jaxinfer.quant import using
 
 Params = object
 SCORED_AT_ONCE = 32  # positions whose logits are there at once
@@ -37,6 +38,7 @@ def prefill(
 
     The cache is consumed. A chunk in the middle of a prompt has `sample` 0: its token is dropped.
     """
+    params = using(params, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -72,6 +74,7 @@ def score(
     split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T V"]]:
     """Stores a chunk of T tokens a row and returns the logits after each of them."""
+    params = using(params, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     exact = engine.bits == "exact"
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
@@ -92,6 +95,7 @@ def score_targets(
 
     Logits are made for a few positions at a time: those of a whole chunk may not fit.
     """
+    params = using(params, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     head = models.module_of(model).head
 
@@ -118,6 +122,7 @@ def hidden(
     split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T D"]]:
     """Stores a chunk of T tokens a row; returns the residual stream after the last layer."""
+    params = using(params, engine.products)
     rows, num_tokens = batch.tokens.shape
     first = jnp.where(batch.take_last == 1, cache.last_tokens[batch.slots], batch.tokens[:, 0])
     tokens = batch.tokens.at[:, 0].set(first)

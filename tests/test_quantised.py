@@ -215,7 +215,8 @@ def test_quantize_writes_a_folder_and_its_report_and_a_load_looks_there(tmp_path
     common = ("-c", str(tmp_path / "tiny.toml"), "--tokens", "300", "--window", "64")
     lenient = ("--quant.max-kl", "1", "--quant.min-top1", "0", "--quant.max-perplexity-ratio", "2")
     argv = ["quantize", "-m", str(model), "-o", str(out), "--text", str(mine), *common, *lenient]
-    assert run(argv) == 0
+    assert run([*argv, "--calibration-tokens", "500"]) == 0
+    assert json.loads((out / "calibration.json").read_text())["num_tokens"] == 448
     shown = capsys.readouterr().out
     assert "tiny as w8a8, against tiny" in shown and "quality.json" in shown
     report = quality.read(out / "quality.json")
@@ -235,6 +236,7 @@ def test_quantize_writes_a_folder_and_its_report_and_a_load_looks_there(tmp_path
     for wrong, words in (
         (["quantize", "-m", str(model), "-o", str(out)], "already there"),
         (["quantize", "-m", str(out), "-o", str(tmp_path / "x")], "quantised already"),
+        (["quantize", "-m", str(model), "-o", "x", "--calibration-tokens", "9"], "hold a --window"),
         (["validate", "-m", str(model)], "give --quant w8a8"),
         (["validate", "-m", str(out)], "--reference is missing"),
         (["validate", "-m", str(model), "--quant", "w8a8", "--window", "3"], "at least 8"),

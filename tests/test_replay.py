@@ -23,8 +23,12 @@ from tests import tiny
 from tests.bits import world
 
 VOCAB = world.MODEL.vocab_size
-CONFIG = world.make_config(
-    "float32", num_slots=4, decode_rows=(), cache=CacheConfig(page_size=8, num_pages=32)
+CONFIG = world.make_config(  # as an engine settles it, and a journal's header says it
+    "float32",
+    num_slots=4,
+    decode_rows=(),
+    cache=CacheConfig(page_size=8, num_pages=32),
+    products="xla",
 )
 
 

@@ -76,6 +76,7 @@ def examine(common: Common) -> Iterator[Check]:
     yield from _packages()
     yield _devices()
     yield _cpu()
+    yield _native()
     yield _glibc()
     yield _memory()
     try:
@@ -175,6 +176,21 @@ def _cpu() -> Check:
     if flags and not {"amx_bf16", "avx512_bf16"} & flags:
         return Check("cpu", value, "ok", "no bfloat16 units: -c exact-f32 may be as fast")
     return Check("cpu", value)
+
+
+def _native() -> Check:
+    """Kernels in C++, which int8 products take and attention can; XLA's forms do without."""
+    name = "native kernels"
+    if _version("jax") is None:
+        return Check(name, "unknown without jax")
+    from jaxinfer.kernels import native
+
+    plan = native.plan()
+    if isinstance(plan, str):
+        return Check(name, f"none: {plan}", "ok", "XLA computes all; int8 is slower on a CPU")
+    if plan.path.is_file():
+        return Check(name, f"built: {plan.path}")
+    return Check(name, f"not built yet; {plan.compiler} will, in seconds, when they are needed")
 
 
 def _glibc() -> Check:

@@ -18,6 +18,9 @@ def quantize(
     text: tuple[Path, ...] = (),
     tokens: int = 50_000,
     window: int = 512,
+    calibrate: bool = True,
+    calibration: tuple[Path, ...] = (),
+    calibration_tokens: int = 32_768,
     validate: bool = True,
     as_json: Json = False,
     common: Common = COMMON,
@@ -37,6 +40,13 @@ def quantize(
         How many tokens of the bundled text, and of each file, are compared.
     window
         Tokens that are looked at together.
+    calibrate
+        `--calibrate false` rounds to the nearest codes, as --quant does at load: worse, and faster.
+    calibration
+        A file to calibrate with instead of the text that comes with jaxinfer; repeatable. Give
+        what the model is to be used for, and no text that you compare on.
+    calibration_tokens
+        How many tokens of it are used, in whole windows.
     validate
         `--validate false` leaves the comparison out; `jaxinfer validate` makes it later.
     as_json
@@ -44,8 +54,13 @@ def quantize(
     """
     settings = common.load()
     check_numbers(tokens, window)
+    if calibration_tokens < window:
+        raise ConfigError(
+            f"--calibration-tokens is {calibration_tokens}; it must hold a --window of {window}"
+        )
     from jaxinfer import weights
     from jaxinfer.config import CacheConfig
+    from jaxinfer.quality import calibrate as calibration_of
     from jaxinfer.quality import report
     from jaxinfer.quality.validate import validate as compare
     from jaxinfer.weights.checkpoint import digest
@@ -57,8 +72,17 @@ def quantize(
         reference = weights.load(settings.model, dtype=settings.engine.compute_dtype, progress=show)
         if reference.config.quant != "none":
             raise ConfigError(f"{reference.name} is quantised already; give the model it is from")
-        candidate = weights.quantised(reference, scheme, progress=show)
+        learnt = calibration_of.NEAREST
+        if calibrate:
+            given = {"files": calibration, "max_tokens": calibration_tokens, "window": window}
+            engine = settings.engine
+            learnt = calibration_of.calibrate(reference, engine=engine, progress=show, **given)
+        candidate = weights.quantised(
+            reference, scheme, rounding=learnt.rounding, factors=learnt.factors, progress=show
+        )
         weights.save(candidate, out)
+        if calibrate:
+            calibration_of.write(learnt, out / calibration_of.FILE)
         if not validate:
             return 0
         found = compare(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import MIN_ROWS
 from jaxinfer.dims import Leaf
-from jaxinfer.quant import QTensor, products
+from jaxinfer.quant import QTensor, Watched, products
 
 
 def project(
@@ -28,6 +28,9 @@ def project(
     """
     lead = x.shape[: x.ndim - contract]
     flat = x.reshape(math.prod(lead), math.prod(x.shape[x.ndim - contract :]))
+    if isinstance(weight, Watched):
+        weight.seen.append(flat)
+        weight = weight.values
     if isinstance(weight, QTensor):
         out = products.project(flat, weight, contract=contract)
     else:
@@ -38,6 +41,8 @@ def project(
 
 def embed(table: Leaf, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The rows of `table` for some token ids, in float32."""
+    if isinstance(table, Watched):
+        table = table.values
     if isinstance(table, QTensor):
         return products.embed(table, tokens)
     return table[tokens].astype(jnp.float32)

@@ -15,8 +15,10 @@ from jaxinfer import cache as paged
 from jaxinfer import models, step
 from jaxinfer.compile import Progress, compile_function
 from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.fingerprint import settle
 from jaxinfer.inputs import inert_batch, pack, unpack
 from jaxinfer.quality.texts import Window
+from jaxinfer.quant import using
 
 AT_ONCE = 32  # positions whose logits are there at once, twice
 
@@ -64,10 +66,10 @@ def compare(
     says; what differs between them is the weights, and that the reference keeps its keys and
     values in that dtype whatever engine.cache.dtype says.
     """
-    config = _one_chunk(engine, size)
+    config = one_chunk(engine, size)
     plain = replace(config, cache=replace(config.cache, dtype="auto"))
-    sides = (_Side(*reference, plain), _Side(*candidate, config))
-    packed = [jnp.asarray(_pack(piece.tokens, config, size)) for piece in pieces]
+    sides = (_side(reference, plain), _side(candidate, config))
+    packed = [jnp.asarray(pack_window(piece.tokens, config, size)) for piece in pieces]
     held = [(side.params, paged.make(side.model, side.engine)) for side in sides]
     kinds = [(side.model, side.engine) for side in sides]
     both = compile_function(_both(kinds, size), held, packed[0])
@@ -80,7 +82,13 @@ def compare(
     return found
 
 
-def _one_chunk(engine: EngineConfig, size: int) -> EngineConfig:
+def _side(model: Model, engine: EngineConfig) -> _Side:
+    """Both as an engine would run them."""
+    settled = settle(model.config, engine, jax.devices()[:1]).engine
+    return _Side(using(model.params, settled.products), model.config, settled)
+
+
+def one_chunk(engine: EngineConfig, size: int) -> EngineConfig:
     """One sequence, prefilled at once."""
     cache = CacheConfig(**{**vars(engine.cache), "num_pages": 0, "prefix": False})
     changes = {"num_slots": 1, "max_seq_len": size, "decode_rows": (1,), "prefill_chunks": (size,)}
@@ -121,7 +129,7 @@ def _both(kinds: Sequence[tuple[ModelConfig, EngineConfig]], size: int) -> Any:
     return compare_logits
 
 
-def _pack(tokens: np.ndarray, engine: EngineConfig, size: int) -> np.ndarray:
+def pack_window(tokens: np.ndarray, engine: EngineConfig, size: int) -> np.ndarray:
     """The batch of a window, and beside it what each of its tokens is followed by."""
     batch = inert_batch(
         1,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxinfer.errors import InvalidRequest
 
 BUNDLED = Path(__file__).with_name("text.jsonl")
+CALIBRATION = Path(__file__).with_name("calibration.jsonl")
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,23 @@ def bundled() -> list[Document]:
 
     The stories are in the public domain; text.jsonl says of each document what it is from.
     """
-    lines = BUNDLED.read_text(encoding="utf-8").splitlines()
-    return [Document(one["text"], one["kind"]) for one in map(json.loads, lines)]
+    return _shipped(BUNDLED)
 
 
-def read(path: Path) -> list[Document]:
-    """A file of the user's: text, or JSONL whose objects have a `text`."""
+def for_calibration() -> list[Document]:
+    """200 prompts of many kinds, about 30,000 tokens, none of which is in the bundled text.
+
+    They are of Spec-Bench (Xia et al. 2024), under Apache-2.0.
+    """
+    return _shipped(CALIBRATION)
+
+
+def read(path: Path, *, flag: str = "text") -> list[Document]:
+    """A file of the user's, given with --`flag`: text, or JSONL whose objects have a `text`."""
     try:
         whole = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--text {path} can't be read: {error}", field="text") from error
+        raise InvalidRequest(f"--{flag} {path} can't be read: {error}", field=flag) from error
     if path.suffix != ".jsonl":
         return [Document(whole)]
     found = []
@@ -62,8 +70,8 @@ def read(path: Path) -> list[Document]:
             found.append(Document(json.loads(line)["text"]))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidRequest(
-                f'--text {path}, line {number}: it must be an object like {{"text": "..."}}',
-                field="text",
+                f'--{flag} {path}, line {number}: it must be an object like {{"text": "..."}}',
+                field=flag,
             ) from error
     return found
 
@@ -91,6 +99,11 @@ def windows(
             kept.append(piece)
             taken += len(piece.tokens) - 1
     return kept
+
+
+def _shipped(path: Path) -> list[Document]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Document(one["text"], one["kind"]) for one in map(json.loads, lines)]
 
 
 def digest(pieces: Sequence[Window]) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32
 
 from jaxinfer.dims import Leaf
 from jaxinfer.exact import largest
+from jaxinfer.kernels import products as kernels
 from jaxinfer.quant.leaf import QTensor
 from jaxinfer.quant.rounding import LARGEST, hadamard
 
@@ -36,6 +37,9 @@ def project(x: Float[Array, "rows K"], weight: QTensor, *, contract: int) -> Flo
     """x times the weight with its last `contract` axes flat; float32, [rows, N]."""
     rows, inner = x.shape
     outer = weight.shape[: len(weight.shape) - contract]
+    if weight.product == kernels.NATIVE and inner <= kernels.MAX_INNER:
+        flat = weight.codes.reshape(-1, inner), weight.scale.reshape(-1)
+        return kernels.project(x, *flat, digits=weight.digits, block=weight.block)
     tokens = round_tokens(rotate(x, weight.block), num_digits=weight.digits)
     flat = tokens.digits.reshape(weight.digits * rows, inner)
     table = weight.codes.reshape(math.prod(outer), inner)

@@ -30,16 +30,22 @@ Calibrated methods are other functions of this type: what they learnt stands und
 def round_to_nearest(path: str, values: np.ndarray) -> Rounded:
     """Each row by its own largest value, which becomes 127 or -127."""
     codes = np.empty(values.shape, np.int8)
-    scale = np.empty(len(values), np.float32)
+    scale = scales(values)
     for first in range(0, len(values), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        part = values[rows]
-        largest = np.max(np.abs(part), axis=1, initial=0.0)
-        scale[rows] = largest / np.float32(LARGEST)
         # What is too small to divide by counts as zero.
         divisor = np.where(scale[rows] > np.finfo(np.float32).tiny, scale[rows], np.inf)
-        codes[rows] = np.rint(part / divisor[:, None])
+        codes[rows] = np.rint(values[rows] / divisor[:, None])
     return Rounded(codes, scale)
+
+
+def scales(values: np.ndarray) -> np.ndarray:
+    """What 127 stands for in each row: its largest value. Near normal values that is the best."""
+    most = np.empty(len(values), np.float32)
+    for first in range(0, len(values), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        most[rows] = np.max(np.abs(values[rows]), axis=1, initial=0.0)
+    return most / np.float32(LARGEST)
 
 
 def quantise(

@@ -1,7 +1,7 @@
 """Models on disk -> params: Hugging Face folders, GGUF files, our own folders, the demo model."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.config import ModelConfig, Scheme
 from jaxinfer.errors import CheckpointError, UnknownModel
-from jaxinfer.quant import Rounding, round_to_nearest
+from jaxinfer.quant import Factors, Rounding, round_to_nearest
 from jaxinfer.weights import assemble, checkpoint, demo, hf
 from jaxinfer.weights.checkpoint import save
 from jaxinfer.weights.source import (
@@ -87,12 +87,18 @@ def quantised(
     scheme: Scheme,
     *,
     rounding: Rounding = round_to_nearest,
+    factors: Mapping[str, Factors] = assemble.NO_FACTORS,
     progress: Progress = silent,
 ) -> Checkpoint:
-    """The same model with quantised weights, beside the one given. Calibration is a `rounding`."""
+    """The same model with quantised weights, beside the one given.
+
+    What calibration has learnt is in `rounding`, and in `factors`: see quality.calibrate.
+    """
     config = checkpoint.quantised(model.config, scheme)
     leaves, tree = jax.tree.flatten(model.params)
-    made = assemble.quantise_leaves(leaves, config, rounding=rounding, progress=progress)
+    made = assemble.quantise_leaves(
+        leaves, config, rounding=rounding, factors=factors, progress=progress
+    )
     return replace(model, config=config, params=jax.tree.unflatten(tree, made))
 
 

@@ -1,6 +1,7 @@
 """Tensors on disk -> the params tree, one leaf in host memory at a time."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,12 +11,22 @@ from jax.typing import DTypeLike
 
 from jaxinfer import models
 from jaxinfer.config import ModelConfig
-from jaxinfer.errors import CheckpointError
+from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.nn import heads
-from jaxinfer.quant import Rounding, describe, find_scheme, quantise, round_to_nearest
+from jaxinfer.quant import (
+    Factors,
+    Rounding,
+    describe,
+    digits_of,
+    multiply,
+    quantise,
+    round_to_nearest,
+)
 from jaxinfer.spec import ArraySpec, check, is_spec, num_bytes, paths
 from jaxinfer.weights.names import Part, Recipe, ignored, recipes
 from jaxinfer.weights.source import Fit, Progress, Sharding, TensorStore, as_it_is, silent
+
+NO_FACTORS: Mapping[str, Factors] = {}
 
 
 def load_params(
@@ -97,19 +108,30 @@ def quantise_leaves(
     config: ModelConfig,
     *,
     rounding: Rounding = round_to_nearest,
+    factors: Mapping[str, Factors] = NO_FACTORS,
     sharding: Sharding = None,
     progress: Progress = silent,
 ) -> list[Any]:
     """The leaves that `config.quant` makes of plain ones, which are taken out of the list.
 
-    So none is twice in memory for long, where the caller keeps no other reference to them.
+    So none is twice in memory for long, where the caller keeps no other reference to them. Leaves
+    that have `factors`, by their paths, are multiplied with them before.
     """
     found: list[Any] = []
     for path, spec in paths(models.module_of(config).spec(config)).items():
         leaf = leaves.pop(0)
+        changes = factors.get(path, ())
         if spec.contract:
-            values = np.asarray(leaf)
+            if not leaf.is_fully_addressable:
+                raise ConfigError(
+                    f"no process of a group has all of {path}, so that {config.quant} can't be "
+                    "made of it here; run jaxinfer quantize, and serve what it writes"
+                )
+            values = multiply(np.asarray(leaf), changes) if changes else np.asarray(leaf)
             leaf = put(path, values, spec, scheme=config.quant, sharding=sharding, by=rounding)
+        elif changes:
+            changed = multiply(np.asarray(leaf), changes).astype(leaf.dtype)
+            leaf = put_leaf(changed, spec, sharding)
         found.append(leaf)
         progress("quantise", len(found), len(found) + len(leaves))
     return found
@@ -127,7 +149,9 @@ def put(
     """A leaf on its devices, quantised on the way where `scheme` asks for that."""
     if scheme == "none" or not spec.contract:
         return put_leaf(leaf, spec, sharding)
-    found = quantise(path, leaf, contract=spec.contract, digits=find_scheme(scheme), rounding=by)
+    found = quantise(
+        path, leaf, contract=spec.contract, digits=digits_of(spec, scheme), rounding=by
+    )
     described = describe(spec, scheme)
     return jax.tree.map(lambda part, one: put_leaf(part, one, sharding), found, described)
 
@@ -135,7 +159,12 @@ def put(
 def put_leaf(leaf: np.ndarray, spec: ArraySpec, sharding: Sharding) -> jax.Array:
     """The leaf on its devices. It waits, so that the host never holds two leaves."""
     where = None if sharding is None else sharding(spec)
-    return jax.block_until_ready(jax.device_put(leaf, where))
+    if where is None or where.is_fully_addressable:
+        return jax.block_until_ready(jax.device_put(leaf, where))
+    # Other processes hold the other parts: each places its own, and none asks the others.
+    return jax.block_until_ready(
+        jax.make_array_from_callback(leaf.shape, where, lambda place: leaf[place])
+    )
 
 
 def _values(store: TensorStore, part: Part, dtype: np.dtype) -> np.ndarray:

@@ -15,7 +15,8 @@ def small(monkeypatch):
     monkeypatch.setattr(kernel_cases, "COLD_BYTES", 2**10)
 
 
-def test_every_kernel_that_runs_here_is_timed_at_every_size():
+def test_every_kernel_that_runs_here_is_timed_at_every_size(monkeypatch):
+    monkeypatch.setattr("jaxinfer.kernels.native.refusal", lambda: "no compiler")
     report = kernels.measure(
         tiny.MODEL,
         tiny.engine_config(),
@@ -38,6 +39,7 @@ def test_every_kernel_that_runs_here_is_timed_at_every_size():
     assert [one.flops for one in report.matmuls] == [2 * 3 * 64 * 128] * 3
     assert all(one.us > 0 and one.share > 0 for one in (*report.attention, *report.matmuls))
     assert any("pallas_gpu" in reason for reason in report.refused)
+    assert any("no compiler" in reason for reason in report.refused)
     assert "matmul int8" in page.html(kernels.page(report))
 
 

@@ -9,7 +9,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.device import Device
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import AUTO, BACKENDS, Needs, backend, choose
+from jaxinfer.kernels.paged_attention import AUTO, BACKENDS, Needs, backend, choose, pick
 from tests import tiny
 
 TPU = Needs("tpu", "", "bfloat16", head_dim=128, page_size=16, block=128)
@@ -17,6 +17,9 @@ CPU = TPU._replace(platform="cpu")
 H200 = TPU._replace(platform="gpu", capability="9.0")
 REFUSED = {
     "a TPU kernel on a CPU": ("pallas_tpu", CPU, "needs a TPU, and this is a cpu"),
+    "native code on a TPU": ("native", TPU, "is for CPUs, and this is a tpu"),
+    "heads of 8 in native code": ("native", CPU._replace(head_dim=8), "multiple of 16, not of 8"),
+    "float16 in native code": ("native", CPU._replace(dtype="float16"), "not of float16"),
     "float16 on a TPU": ("pallas_tpu", TPU._replace(dtype="float16"), "not of float16"),
     "tiny pages on a TPU": ("pallas_tpu", TPU._replace(page_size=4), "a multiple of 8 tokens"),
     "huge blocks on a TPU": ("pallas_tpu", TPU._replace(block=2**15), "attention_block = 32768"),
@@ -50,12 +53,16 @@ def test_what_was_asked_for_and_can_serve_is_taken(name, needs):
     assert choose("reference", needs) == "reference"
 
 
-def test_auto_takes_the_best_of_the_platform_and_says_so(caplog):
+def test_auto_takes_the_best_of_the_platform_and_says_so(caplog, monkeypatch):
+    monkeypatch.setattr("jaxinfer.kernels.native.refusal", lambda: "")
     caplog.set_level(logging.INFO)
     assert choose(AUTO, TPU) == "pallas_tpu"
     assert "attention: pallas_tpu" in caplog.text
     assert choose(AUTO, H200) == "pallas_gpu"
-    assert choose(AUTO, CPU) == "reference"
+    assert choose(AUTO, CPU) == pick(AUTO, CPU) == "native"
+    monkeypatch.setattr("jaxinfer.kernels.native.refusal", lambda: "no compiler")
+    assert choose(AUTO, CPU) == pick(AUTO, CPU) == "reference"
+    assert "not native, which can't be had: no compiler" in caplog.text
 
 
 def test_auto_falls_back_and_says_why(caplog):

@@ -60,6 +60,8 @@ def test_the_reference_matches_float64_whatever_free_pages_hold(dtype, case):
     [
         ("reference", "decode", "bfloat16"),
         ("reference", "decode", "float16"),
+        ("native", "decode", "bfloat16"),
+        ("native", "mixed", "float32"),
         ("pallas_tpu", "decode", "bfloat16"),
         ("pallas_tpu", "mixed", "float32"),
         ("pallas_gpu", "mixed", "bfloat16"),

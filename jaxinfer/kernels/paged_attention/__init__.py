@@ -9,13 +9,13 @@ from jax import Array
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.paged_attention.needs import Needs, needs_here
 
-__all__ = ["AUTO", "BACKENDS", "Needs", "backend", "choose", "needs_here"]
+__all__ = ["AUTO", "BACKENDS", "Needs", "backend", "choose", "needs_here", "pick"]
 
 AUTO = "auto"
-BACKENDS = ("reference", "pallas_tpu", "pallas_gpu")
+BACKENDS = ("reference", "native", "pallas_tpu", "pallas_gpu")
 """Modules of this package, all with a `paged_attention` of one signature: the reference's. All
 but the reference have a `refusal(needs)` that says why they can't serve an engine, or ""."""
-_BEST_FIRST = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
+_BEST_FIRST = {"cpu": ("native",), "tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
 log = logging.getLogger(__name__)
 
 
@@ -25,6 +25,14 @@ def backend(name: str) -> Callable[..., Array]:
         there = ", ".join(BACKENDS)
         raise ConfigError(f"engine.attention is {name!r}; there are: {there}")
     return importlib.import_module(f"{__name__}.{name}").paged_attention
+
+
+def pick(name: str, needs: Needs) -> str:
+    """What `choose` would take, without a word; what was asked for is taken as it is."""
+    if name != AUTO:
+        return name
+    usable = (one for one in _BEST_FIRST.get(needs.platform, ()) if not _refusal(one, needs))
+    return next(usable, "reference")
 
 
 def choose(name: str, needs: Needs) -> str:

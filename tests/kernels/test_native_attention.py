@@ -1,0 +1,107 @@
+"""Attention in C++: the same bits however a prompt is cut, int8 pages, and an engine with it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer import cache as paged
+from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine import Engine
+from jaxinfer.kernels import native as library
+from jaxinfer.kernels.paged_attention import rounded
+from jaxinfer.store import open_store
+from tests import tiny
+from tests.closed_world import SMALL
+from tests.kernels.attention import Case, make, relative_error, run
+
+pytestmark = pytest.mark.skipif(
+    bool(library.refusal()), reason=f"no native kernels: {library.refusal()}"
+)
+WIDE = {"head_dim": 48, "block": 32, "longest": 256}
+CASES = {
+    "more queries than a piece holds": Case(((3, 80), (0, 17)), 1, 3, **WIDE),
+    "more heads than a piece holds": Case(((30, 2), (64, 1)), 1, 64, **WIDE),
+    "a window over an edge": Case(((60, 70), (0, 100)), 2, 2, window=40, **WIDE),
+    "a window of one": Case(((100, 9),), 1, 2, window=1, **WIDE),
+    "empty rows": Case(((5, 1), (0, 0), (63, 1), (64, 1), (127, 1)), 2, 3, **WIDE),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_matches_float64_whatever_free_pages_hold(case, dtype):
+    call, expected = make(CASES[case], dtype)
+    assert relative_error(run("native", call, CASES[case]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_querys_bits_are_the_same_however_a_prompt_is_cut(window):
+    """A chunk of 80 tokens, the same in chunks of 1, 7, 16 and 64, and beside other rows."""
+    case = Case(((0, 5), (23, 80), (40, 61)), 1, 3, window=window, **WIDE)
+    call, _ = make(case, "bfloat16", poison=0.0)
+    whole = run("native", call, case)
+    for size in (1, 7, 16, 64):
+        for first in range(0, 80, size):
+            count = min(size, 80 - first)
+            part = call._replace(
+                q=jnp.asarray(np.asarray(call.q)[1:2, first : first + size]),
+                page_table=call.page_table[1:2],
+                starts=call.starts[1:2] + first,
+                lengths=jnp.asarray([count], jnp.int32),
+            )
+            found = run("native", part, case)
+            assert found[0, :count].tobytes() == whole[1, first : first + count].tobytes()
+
+
+def test_pages_in_int8_are_what_their_codes_stand_for():
+    case = Case(((0, 5), (60, 17), (12, 0), (100, 1), (191, 1)), **WIDE)
+    call, expected = make(case, "float32")
+    pages = [rounded.pack(pool) for pool in (call.k_pages, call.v_pages)]
+    values = [rounded.unpack(pool[..., :-4], pool[..., -4:], "float32") for pool in pages]
+    out = run("native", call._replace(k_pages=pages[0], v_pages=pages[1]), case)
+    plain = run("native", call._replace(k_pages=values[0], v_pages=values[1]), case)
+    assert out.tobytes() == plain.tobytes()
+    assert 1e-4 < relative_error(out, expected) < 0.05
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    case = Case(((60, 1), (70, 1), (9, 1)), **WIDE)
+    call, _ = make(case, "float32")
+    clean = run("native", call, case)
+    for bad in (np.nan, np.inf):
+        q = np.array(call.q)
+        q[1] = bad
+        found = run("native", call._replace(q=jnp.asarray(q)), case)
+        assert not np.isfinite(found[1]).any()
+        assert np.delete(found, 1, 0).tobytes() == np.delete(clean, 1, 0).tobytes()
+
+
+@pytest.mark.parametrize("pages", ["auto", "int8"])
+def test_an_engine_keeps_its_promises_and_its_programs(pages, tmp_path):
+    def make_engine() -> Engine:
+        cache = CacheConfig(dtype=pages)
+        config = tiny.engine_config(attention="native", cache=cache, **SMALL)
+        store = open_store(tmp_path / "programs")
+        return Engine(tiny.params(), tiny.MODEL, tiny.TokenText(), config, store=store)
+
+    engine = make_engine()
+    assert engine.self_test.is_exact, engine.self_test.broken_promises
+    requests = tiny.random_requests(8, seed=3, max_prompt=30, max_tokens=12)
+    together = tiny.run(engine, requests)
+    engine.flush_prefix_cache()
+    for request in requests[:3]:
+        alone = tiny.run(engine, [request])[request.request_id]
+        assert alone.tokens == together[request.request_id].tokens
+        assert alone.logprobs == together[request.request_id].logprobs
+    assert engine.stats().num_compiles_after_start == 0
+    again = make_engine()
+    assert all(one.load_s for one in again.programs.values())
+    assert tiny.run(again, requests[:1])["r0"].logprobs == together["r0"].logprobs
+
+
+def test_pages_are_kept_as_the_reference_keeps_them():
+    """A scatter of bfloat16 copies the pool on a CPU, whichever backend reads it."""
+    plain, own = (
+        paged.page_dtype(EngineConfig(attention=name)) for name in ("reference", "native")
+    )
+    assert plain == own
