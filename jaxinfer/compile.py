@@ -19,8 +19,9 @@ from jaxinfer import cache as paged
 from jaxinfer import models, step
 from jaxinfer.cache import Cache
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.fingerprint import program_key
+from jaxinfer.fingerprint import program_key, settle
 from jaxinfer.inputs import Scores, StepOutput, packed_width, unpack
+from jaxinfer.parallel import gather
 from jaxinfer.sharding import Layout, layout_of
 from jaxinfer.spec import ArraySpec, abstract
 from jaxinfer.store import Devices, Key, ProgramCost, Shape, Store, StoreAhead, Trees, digest
@@ -167,7 +168,7 @@ def load_ahead(
         for one in _every_recipe(model, engine, params)
     }
     pool.shutdown(wait=False)
-    return StoreAhead(store.folder, under_way)
+    return StoreAhead(store.folder, store.agree, under_way)
 
 
 def stored_costs(
@@ -238,6 +239,7 @@ def _every_recipe(model: ModelConfig, engine: EngineConfig, params: Any = None) 
 def _step_recipe(
     shape: Shape, params: Any, model: ModelConfig, engine: EngineConfig, layout: Layout
 ) -> _Recipe:
+    engine = settle(model, engine, layout.devices).engine
     function = {"prefill": step.prefill, "decode": step.decode, "score": step.score_targets}
     width = packed_width(shape.tokens, engine.pages_per_seq)
     num_targets = shape.tokens if shape.phase == "score" else 0
@@ -269,13 +271,11 @@ def _allocate_recipe(model: ModelConfig, engine: EngineConfig, layout: Layout) -
 
 def _read_pages_recipe(model: ModelConfig, engine: EngineConfig, layout: Layout) -> _Recipe:
     def read(cache: Cache, ids: Any) -> Any:
-        return paged.read_bits(cache, ids)
+        return gather(paged.read_bits(cache, ids), layout.split.heads, dimension=2)
 
-    pages = paged.spec(model, engine)
-    cache = layout.abstract(pages, engine.compute_dtype)
+    cache = layout.abstract(paged.spec(model, engine), engine.compute_dtype)
     arguments = (cache, _whole_numbers(layout, PAGES_READ))
-    heads = PartitionSpec(None, None, *layout.partitions(pages).k[0][:1])
-    return _recipe(READ_PAGES, read, arguments, heads, model, engine, layout)
+    return _recipe(READ_PAGES, read, arguments, PartitionSpec(), model, engine, layout)
 
 
 def _recipe(
@@ -342,7 +342,8 @@ def _load_from(store: Store) -> Callable[[_Recipe], Program | None]:
 
 def _lower(recipe: _Recipe) -> jax.stages.Lowered:
     recipe.function.__name__ = recipe.shape.name.replace("-", "_")
-    return jax.jit(recipe.function, donate_argnums=recipe.donated).lower(*recipe.arguments)
+    with jax.default_device(recipe.devices[0]):  # of what takes no array that lies somewhere
+        return jax.jit(recipe.function, donate_argnums=recipe.donated).lower(*recipe.arguments)
 
 
 def _compile(

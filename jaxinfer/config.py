@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxinfer import settings
-from jaxinfer.edge_config import JournalConfig, SecurityConfig, ServerConfig, SnapshotConfig
+from jaxinfer.edge_config import (
+    ClusterConfig,
+    JournalConfig,
+    SecurityConfig,
+    ServerConfig,
+    SnapshotConfig,
+)
 from jaxinfer.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32"]
@@ -117,10 +123,9 @@ class EngineConfig:
     """continuous: a request gets a slot as soon as one is free. static: only once all are, and
     with all prompts of a batch in one step; to compare with."""
     compute_dtype: Dtype = "bfloat16"
-    attention: Literal["auto", "reference", "pallas_tpu", "pallas_gpu"] = "reference"
+    attention: Literal["auto", "reference", "native", "pallas_tpu", "pallas_gpu"] = "reference"
     """The kernel that attends: docs/kernels.md says which are proven where. auto: the platform's
-    best that can serve the model. One that is named and can't is refused when an engine is built.
-    """
+    best that can serve the model. One that is named and can't is refused at the start."""
     attention_block: int = 128
     """Tokens that attention reduces at a time: a multiple of the page size."""
     tiles: str = ""
@@ -129,6 +134,8 @@ class EngineConfig:
     attention_tiles: tuple[int, ...] = ()
     """The sizes themselves, before any file: heads, rows (pallas_tpu); keys, split, stages
     (pallas_gpu). [] leaves them to `tiles`, or to the rule."""
+    products: Literal["auto", "native", "xla"] = "auto"
+    """Who multiplies by int8 weights. native: C++ built here, for CPUs with AVX-512 VNNI."""
     overlap: bool = True
     """Plan and dispatch step n+1 while step n runs."""
     score_chunk: int = 0
@@ -209,7 +216,10 @@ class MeshConfig:
     shape: tuple[int, ...] = (1,)
     axes: tuple[str, ...] = ("X",)
     rules: tuple[tuple[str, str], ...] = ()
-    """(logical axis, mesh axis) pairs; a logical axis without one is replicated."""
+    """(logical axis, mesh axis) pairs; a logical axis without one is whole on every device. `batch`
+    stands for replicas: engines beside each other, each with the rest of the mesh."""
+    first_device: int = 0
+    """Where the mesh begins among the devices of this process."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,7 @@ class Config:
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def load(*sources: str | Path, environ: Mapping[str, str] | None = None) -> Config:

@@ -124,3 +124,38 @@ class SnapshotConfig:
             raise ConfigError(
                 f"snapshot.interval_s is {self.interval_s}; it must be above 0 and finite"
             )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """One model over several processes: `jaxinfer cluster`."""
+
+    port: int = 0
+    """Rank 0 listens there for the others; 0: a free one on one machine, and 50052 beyond."""
+    key_file: str = ""
+    """File with the secret that the processes of a group prove to each other; needed beyond one
+    machine. On one machine it may be empty: a new key is drawn at each start."""
+    heartbeat_s: float = 10.0
+    """A process that says nothing for so long is taken to be lost."""
+    start_limit_s: float = 600.0
+    """How long a group may take until it serves; then it is started again."""
+    max_failed_starts: int = 5
+    """So many starts in a row that did not come to serve end the command; 0: none does."""
+    coordinator_port: int = 0
+    """jax.distributed meets there, on rank 0's host; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        for key in ("port", "coordinator_port"):
+            if not 0 <= getattr(self, key) <= 65535:
+                raise ConfigError(
+                    f"cluster.{key} is {getattr(self, key)}; it must be from 0 to 65535"
+                )
+        for key in ("heartbeat_s", "start_limit_s"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(
+                    f"cluster.{key} is {getattr(self, key)}; it must be above 0 and finite"
+                )
+        if self.max_failed_starts < 0:
+            raise ConfigError(
+                f"cluster.max_failed_starts is {self.max_failed_starts}; it must be at least 0"
+            )

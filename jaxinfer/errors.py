@@ -28,6 +28,9 @@
     ├── ProgramRefused        a stored program is damaged, foreign or stale
     ├── JournalRefused        a journal is damaged, or can't be run again as asked
     ├── SnapshotRefused       a snapshot of live requests is damaged or foreign
+    ├── GroupError            the processes that share a model can't go on together
+    │   ├── GroupRefused      a process has another key, version or outcome than the others
+    │   └── PeerLost          a process of the group is gone, or silent
     └── EngineFailed          a step failed; the requests in it are lost      INTERNAL
 
 A message says what was asked, what there was, and what to change.
@@ -163,6 +166,18 @@ class JournalRefused(JaxinferError):
 
 class SnapshotRefused(JaxinferError):
     """A snapshot of live requests is damaged, of another format, or of another model."""
+
+
+class GroupError(JaxinferError):
+    """The processes that share a model can't go on together."""
+
+
+class GroupRefused(GroupError):
+    """A process has another key, version, setting or outcome than the rest of its group."""
+
+
+class PeerLost(GroupError):
+    """Another process of the group is gone, or says nothing any more."""
 
 
 class EngineFailed(JaxinferError):

@@ -31,8 +31,9 @@ from jaxinfer.host.request import (
 from jaxinfer.plan import abstract_params
 from jaxinfer.quality import gate
 from jaxinfer.recording import open_journal
+from jaxinfer.replicas import numbered
 from jaxinfer.scoring import Scored, score
-from jaxinfer.store import find_store
+from jaxinfer.store import Agree, alone, find_store
 from jaxinfer.text.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
@@ -172,17 +173,19 @@ def load_engine(
     progress: programs_of.Progress = lambda stage, done, total: None,
     clock: Callable[[], float] = time.monotonic,
     faults: Callable[[Phase], None] = lambda phase: None,
+    agree: Agree = alone,
 ) -> LoadedEngine:
     """Loads a model and builds its engine: every program is compiled when this returns.
 
     A folder of compiled programs that can't be used costs time and a warning, not the start.
+    Processes that share the model `agree` on which programs to load.
     """
-    ahead = _Ahead(config)
+    ahead = _Ahead(config, agree)
     checkpoint = weights.load(
         config.model,
         dtype=config.engine.compute_dtype,
         quant=config.quant.scheme,
-        sharding=sharding.placement(config.mesh) if config.mesh.rules else None,
+        sharding=None if sharding.is_plain(config.mesh) else sharding.placement(config.mesh),
         fit=partial(sharding.fit, config=config.mesh),
         progress=progress,
         described=ahead.begin,
@@ -206,12 +209,34 @@ def load_engine(
     return LoadedEngine(engine, tokenizer, checkpoint.config, checkpoint.name, defaults)
 
 
+def load_replicas(
+    config: Config, *, progress: programs_of.Progress = lambda stage, done, total: None
+) -> tuple[LoadedEngine, ...]:
+    """An engine for each place along the axis of the rule `batch`; one where there is no such rule.
+
+    Each keeps a journal of its own, in a folder with its number.
+    """
+    meshes = sharding.replicas(config.mesh)
+    folders = (numbered(config.journal.folder, at, len(meshes)) for at in range(len(meshes)))
+    return tuple(
+        load_engine(
+            replace(config, mesh=mesh, journal=replace(config.journal, folder=folder)),
+            progress=progress,
+        )
+        for mesh, folder in zip(meshes, folders, strict=True)
+    )
+
+
 class _Ahead:
     """What can begin as soon as a model is described, while its weights are read."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, agree: Agree) -> None:
         self._config = config
         self.store = find_store(settings.cache_dir() / "programs")
+        if not all(agree("a store", self.store is not None)):
+            self.store = None
+        if self.store is not None:
+            self.store = replace(self.store, agree=agree)
 
     def begin(self, source: weights.Source) -> None:
         """Loads the stored programs on other threads.

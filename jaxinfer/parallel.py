@@ -10,6 +10,14 @@ Axis = str | None
 """The mesh axis that something is split along; None where every device has all of it."""
 
 
+class Ordered(str):
+    """An axis whose sums are added up here, device after device.
+
+    A ring adds each stretch of an array in another order, so that a row's bits would depend on its
+    place.
+    """
+
+
 class Split(NamedTuple):
     """What a program's devices have parts of: the sizes that it sees are those of one part."""
 
@@ -23,7 +31,12 @@ WHOLE = Split()
 
 def all_sum(x: Array, axis: Axis) -> Array:
     """The sum of what the devices have."""
-    return x if axis is None else lax.psum(x, axis)
+    if not isinstance(axis, Ordered):
+        return x if axis is None else lax.psum(x, axis)
+    total, *parts = lax.all_gather(x, axis)
+    for part in parts:
+        total = total + part
+    return total
 
 
 def all_max(x: Array, axis: Axis) -> Array:
@@ -31,9 +44,9 @@ def all_max(x: Array, axis: Axis) -> Array:
     return x if axis is None else lax.pmax(x, axis)
 
 
-def gather(x: Array, axis: Axis) -> Array:
-    """The parts of all devices end to end along the last axis."""
-    return x if axis is None else lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+def gather(x: Array, axis: Axis, dimension: int = -1) -> Array:
+    """The parts of all devices end to end along a dimension."""
+    return x if axis is None else lax.all_gather(x, axis, axis=dimension % x.ndim, tiled=True)
 
 
 def first(count: int, axis: str) -> Array:

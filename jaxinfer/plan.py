@@ -14,7 +14,7 @@ from jaxinfer import models, spec
 from jaxinfer.compile import Shape, shapes
 from jaxinfer.config import MIN_ROWS, EngineConfig, MeshConfig, ModelConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.sharding import Layout, is_here, layout_of, placement
+from jaxinfer.sharding import Layout, is_here, is_plain, layout_of, placement
 from jaxinfer.store import ProgramCost
 
 _CGROUP_LIMITS = (
@@ -131,7 +131,7 @@ def abstract_params(model: ModelConfig, engine: EngineConfig, mesh: MeshConfig) 
     For a plan alone the devices of a mesh need not be here. The model is one that fits the mesh.
     """
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = placement(mesh, real=is_here(mesh)) if mesh.rules else lambda leaf: single
+    place = (lambda leaf: single) if is_plain(mesh) else placement(mesh, real=is_here(mesh))
 
     def shape(leaf: spec.ArraySpec) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype or engine.compute_dtype
@@ -168,7 +168,7 @@ def check_memory(plan: MemoryPlan) -> None:
 
 def device_memory() -> int | None:
     """Bytes that programs may use on the first device; a CPU has the machine's or container's."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats()
         return None if stats is None else stats.get("bytes_limit")

@@ -83,22 +83,10 @@ def on_model(
         names |= {sequence.order: sequence.request.request_id for sequence in sequences}
     engine.journal = recorder
 
-    def apply(event: list[Any]) -> None:
-        match event:
-            case ["submit", order, request, *tokens]:
-                names[order] = request["request_id"]
-                engine.enter(request_from_plain(request), *tokens)
-            case ["cancel", order]:
-                engine.cancel(names[order])
-            case ["flush"]:
-                engine.flush_prefix_cache()
-            case _:
-                raise JournalRefused(f"the journal has an event that is unknown here: {event[:1]}")
-
     def step(record: Record) -> Record:
         conditions.begin(record)
         for event in record.get("events", ()):
-            apply(event)
+            apply(event, engine, names)
         with contextlib.suppress(EngineFailed):  # then it failed as well
             engine.step(drain="drain" in record, pace=conditions.pace)
         return memory.records.pop()
@@ -109,6 +97,20 @@ def on_model(
         between = ", batch, " if batches else ", "
         compared = f"plan, page{between}token and log probability"
     return _run(segment, step, tokens=tokens, batches=batches, compared=compared, progress=progress)
+
+
+def apply(event: list[Any], engine: Engine, names: dict[int, str]) -> None:
+    """Lets one event of a journal happen; `names` knows requests by their order of arrival."""
+    match event:
+        case ["submit", order, request, *tokens]:
+            names[order] = request["request_id"]
+            engine.enter(request_from_plain(request), *tokens)
+        case ["cancel", order]:
+            engine.cancel(names[order])
+        case ["flush"]:
+            engine.flush_prefix_cache()
+        case _:
+            raise JournalRefused(f"the journal has an event that is unknown here: {event[:1]}")
 
 
 def check_kept(segment: Segment) -> None:

@@ -1,5 +1,6 @@
 """How likely a model finds given text: prompts in chunks, on pages of their own, beside serving."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Scorer:
         self, params: Any, model: ModelConfig, engine: EngineConfig, *, store: Store | None = None
     ) -> None:
         self.chunk, self._params, self._config = engine.score_chunk, params, engine.scoring
+        self.before: Callable[[list[int], int], None] = lambda tokens, start: None
         shape = programs_of.score_shape(engine)
         self.program: Program = programs_of.build(
             params, model, self._config, wanted=[shape], store=store
@@ -44,8 +46,10 @@ class Scorer:
     def part(self, tokens: list[int], start: int) -> Scored:
         """The tokens after `start`, as many as a chunk has; `start` goes up from 0 by chunks.
 
-        Raises EngineFailed where the device failed; the prompt can be scored again from 0.
+        Raises EngineFailed where the device failed; the prompt can be scored again from 0. Other
+        processes that share the model must do the same: `before` is told of it.
         """
+        self.before(tokens, start)
         given, targets = tokens[start:-1][: self.chunk], tokens[start + 1 :][: self.chunk]
         config = self._config
         rows = inert_batch(

@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import json
+import os
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,12 @@ def from_environment(environ: Mapping[str, str], *, prefix: str, reserved: set[s
         for name, text in sorted(environ.items())
         if name.startswith(prefix) and name not in reserved
     }
+
+
+def variables(*prefixes: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment variables whose names begin so: what others than jaxinfer say in them."""
+    found = os.environ if environ is None else environ
+    return {name: text for name, text in found.items() if name.startswith(prefixes)}
 
 
 def from_override(text: str) -> Settings:

@@ -17,21 +17,55 @@ from jaxinfer import spec
 from jaxinfer.config import MeshConfig, ModelConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.nn import heads
-from jaxinfer.parallel import Split
+from jaxinfer.parallel import Ordered, Split
 from jaxinfer.quant.leaf import block_of
 from jaxinfer.spec import ArraySpec
 
 Placement = Callable[[ArraySpec], NamedSharding]
 KINDS = ("heads", "kv_heads", "ffw", "vocab")
-"""The logical axes that a step can split. `expert` and `batch` are kept for later."""
+"""The logical axes that a step can split. `expert` is kept for later; `batch` makes replicas."""
+REPLICAS = "batch"
+
+
+def replicas(config: MeshConfig) -> tuple[MeshConfig, ...]:
+    """The meshes of engines beside each other; the mesh itself where it holds one engine.
+
+    The axis of the rule `batch` is cut: each of its places is a mesh of the other axes, on the
+    devices that follow those of the place before.
+    """
+    count, shape, axes = 1, config.shape, config.axes
+    rules = tuple(rule for rule in config.rules if rule[0] != REPLICAS)
+    for _, axis in (rule for rule in config.rules if rule[0] == REPLICAS):
+        _num_devices(config)
+        if axis not in config.axes or any(axis == other for _, other in rules):
+            raise ConfigError(
+                f"mesh.rules puts {REPLICAS!r} along {axis!r}; it takes one of mesh.axes "
+                f"{config.axes} for itself"
+            )
+        at = config.axes.index(axis)
+        count = config.shape[at]
+        shape, axes = (*shape[:at], *shape[at + 1 :]), (*axes[:at], *axes[at + 1 :])
+    if count == 1 and len(rules) == len(config.rules):
+        return (config,)
+    size = math.prod(shape)
+    starts = range(config.first_device, config.first_device + count * size, size)
+    return tuple(
+        MeshConfig(shape or (1,), axes or ("X",), rules, first_device=start) for start in starts
+    )
+
+
+def is_plain(config: MeshConfig) -> bool:
+    """Whether it is the first device alone, which needs no mesh."""
+    return not config.rules and not config.first_device
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The first devices of this process, in the shape that the config asks for."""
-    wanted, found = _num_devices(config), jax.devices()
+    """Devices of this process, in the shape that the config asks for."""
+    wanted, found = _num_devices(config), jax.devices()[config.first_device :]
     if wanted > len(found):
+        where = f" from number {config.first_device} on" if config.first_device else ""
         raise ConfigError(
-            f"mesh.shape {config.shape} needs {wanted} devices; {len(found)} are here"
+            f"mesh.shape {config.shape} needs {wanted} devices{where}; {len(found)} are here"
         )
     kinds = (AxisType.Auto,) * len(config.axes)
     return jax.make_mesh(config.shape, config.axes, axis_types=kinds, devices=found[:wanted])
@@ -39,7 +73,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def is_here(config: MeshConfig) -> bool:
     """Whether this process has the devices of a mesh."""
-    return _num_devices(config) <= len(jax.devices())
+    return config.first_device + _num_devices(config) <= len(jax.devices())
 
 
 def placement(config: MeshConfig, *, real: bool = True) -> Placement:
@@ -88,6 +122,11 @@ def fit(model: ModelConfig, config: MeshConfig) -> ModelConfig:
             )
         return model
     sizes, rules = dict(zip(config.axes, config.shape, strict=False)), dict(config.rules)
+    if REPLICAS in rules:
+        raise ConfigError(
+            f"mesh.rules asks for replicas ({REPLICAS!r}), and one engine is built here; `serve` "
+            "takes replicas, and here the rule has to go"
+        )
     for name in rules:
         if name not in KINDS:
             raise ConfigError(
@@ -157,7 +196,15 @@ class Layout:
     @property
     def split(self) -> Split:
         """The same for a step."""
-        return Split(self.rules.get("heads"), self.rules.get("ffw"), self.rules.get("vocab"))
+        kinds = (self.rules.get(name) for name in ("heads", "ffw", "vocab"))
+        return Split(*(Ordered(axis) if axis and self._is_ring else axis for axis in kinds))
+
+    @property
+    def _is_ring(self) -> bool:
+        """Whether sums go round in a ring, as gloo's do; of two parts, order is no matter."""
+        processes = {device.process_index for device in self.devices}
+        is_gloo = len(processes) > 1 and self.devices[0].platform == "cpu"
+        return is_gloo and len(self.devices) > 2
 
     def local(self, model: ModelConfig) -> ModelConfig:
         """The part of a model that one device has."""

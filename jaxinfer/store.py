@@ -8,9 +8,9 @@ import pickle
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,8 @@ Key = Mapping[str, str]
 """Everything that a program depends on, by name; two programs with equal keys are the same."""
 Devices = list[Any]
 """Of jax, in the order in which a program numbers them."""
+Agree = Callable[[str, Any], tuple[Any, ...]]
+"""What all processes that share a model say under a label; each of them must ask."""
 
 
 class Shape(NamedTuple):
@@ -99,6 +101,11 @@ class Loaded(NamedTuple):
     seconds: float
 
 
+def alone(label: str, value: Any) -> tuple[Any, ...]:
+    """The agreement of one process."""
+    return (value,)
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of executables.
@@ -107,12 +114,21 @@ class Store:
     folder can run code in this process. So it must belong to this user (or to root) and be writable
     by nobody else, and so must each file. Nothing is unpickled before that, the checksum and the
     key have been found right; the checksum finds damage and is no defence against a writer.
+
+    Processes that share a model must all load a program, or all compile it: what one of them has
+    not got counts for none.
     """
 
     folder: Path
+    agree: Agree = alone
 
     def load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
         """A program that is ready to run; None where there is none, or none that can be trusted."""
+        found = self._load(name, key, trees, devices)
+        is_everywhere = all(self.agree(f"program {digest(key)}", found is not None))
+        return found if is_everywhere else None
+
+    def _load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
         path, started = self._path(name, key), time.monotonic()
         try:
             cost, executable = _read(path, key)
@@ -145,6 +161,11 @@ class Store:
 
     def recall(self, key: Key) -> dict[str, Any] | None:
         """What `remember` was told under this key; None where nothing is there to be trusted."""
+        found = self._recall(key)
+        told = self.agree(f"verdict {digest(key)}", found)
+        return found if all(one == told[0] for one in told) else None
+
+    def _recall(self, key: Key) -> dict[str, Any] | None:
         try:
             kept = json.loads(_read_body(self._note(key)))
         except FileNotFoundError:
@@ -188,7 +209,7 @@ class Store:
 class StoreAhead(Store):
     """A store of which some programs are being loaded already, on other threads."""
 
-    under_way: Mapping[str, Future[Loaded | None]]
+    under_way: Mapping[str, Future[Loaded | None]] = field(default_factory=dict)
     """By the digest of their key."""
 
     def load(self, name: str, key: Key, trees: Trees, devices: Devices) -> Loaded | None:
@@ -224,7 +245,7 @@ def find_store(folder: Path) -> Store | None:
 def read_cost(entry: Mapping[str, Any]) -> ProgramCost:
     """A cost from JSON; raises KeyError, TypeError or ValueError where it isn't one."""
     kinds = {"phase": str, "key": str, "trace_s": float, "compile_s": float}
-    names = [field.name for field in fields(ProgramCost)]
+    names = [one.name for one in fields(ProgramCost)]
     return ProgramCost(**{name: kinds.get(name, int)(entry[name]) for name in names})
 
 

@@ -136,7 +136,8 @@ def test_a_plan_takes_the_temporaries_of_stored_programs(capsys, options):
     assert {"prefill-1x16", "decode-8x1", "allocate"} <= set(temps)
     assert programs_of.num_compiles() == before
     inspected = json.loads(run(capsys, "inspect", *options, "--json")[1])["memory"]
-    assert {**found, "model": None} == {**inspected, "model": None}
+    about = {"model": None, "num_replicas": 1}
+    assert {**found, "model": None} == {**inspected, **about}
     assert "the largest, of" in run(capsys, "plan", *options)[1]
 
 

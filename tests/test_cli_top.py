@@ -136,7 +136,7 @@ def test_every_name_on_the_dashboard_is_in_a_scrape(served):
     port, server = served
     text = scrape(port)
     stats = server.engine.stats()
-    told = Scraped(Metrics(()), lambda: stats, model="m", steps=StepCounts())
+    told = Scraped(Metrics(()), lambda: stats, model="m", steps=StepCounts)
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line[0] != "#"}
     names |= {sample.name for family in told.collect() for sample in family.samples}
     board = DASHBOARD.read_text()

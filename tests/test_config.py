@@ -227,6 +227,7 @@ def test_schema_describes_every_key():
         "snapshot",
         "mesh",
         "quant",
+        "cluster",
     ]
     slots = schema["properties"]["engine"]["properties"]["num_slots"]
     assert slots == {

@@ -54,7 +54,7 @@ def test_sizes_must_divide():
     [
         ({}, MeshConfig(shape=(2,)), "mesh.rules is empty"),
         ({}, MeshConfig(shape=(2,), rules=(("embed", "X"),)), "what can be split is heads"),
-        ({}, MeshConfig(shape=(2,), rules=(("batch", "X"),)), "what can be split is heads"),
+        ({}, MeshConfig(shape=(2,), rules=(("batch", "X"),)), "`serve` takes replicas"),
         ({}, MeshConfig(shape=(2,), rules=(("heads", "X"),)), "along the same mesh axis"),
         ({"d_ff": 130}, MeshConfig(shape=(4,), rules=TENSOR), "ffw has 130 entries"),
         ({"vocab_size": 257}, MeshConfig(shape=(4,), rules=TENSOR), "vocab has 257 entries"),

@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "Continues one prompt, without a server.",
     "chat": "Talks with a model, on the terminal or line by line from a pipe.",
     "serve": "Serves a model over gRPC until SIGTERM or Ctrl-C.",
+    "cluster": "Serves one model from several processes, on one machine or many.",
     "top": "Shows what a running server does: slots, pages, rates and times.",
     "explain": "Says where the time of one request went, on a running server.",
     "admin": "Looks into a running server, and drains, aborts, flushes or traces it.",

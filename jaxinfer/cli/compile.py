@@ -1,7 +1,7 @@
 """`jaxinfer compile`: builds every program of the settings into the store, without weights."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,14 +47,17 @@ def compile(
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     from jaxinfer import manifest, weights
-    from jaxinfer.sharding import fit, make_mesh
+    from jaxinfer.sharding import fit, make_mesh, replicas
 
     older = None if check is None else _read(check)
     name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
-    model = fit(model, settings.mesh)
+    first, *others = (replace(settings, mesh=mesh) for mesh in replicas(settings.mesh))
+    model = fit(model, first.mesh)
     with progress.shown() as show:
-        programs = build(settings, model, progress=show)
-    devices = make_mesh(settings.mesh).devices.ravel().tolist()
+        programs = build(first, model, progress=show)
+        for other in others:  # the same programs for other devices
+            build(other, model, progress=show)
+    devices = make_mesh(first.mesh).devices.ravel().tolist()
     made = manifest.describe(programs, model, settings.engine, devices=devices)
     if out is not None:
         _write(made, out)

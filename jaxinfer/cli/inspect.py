@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -48,8 +49,9 @@ def inspect(
     from jaxinfer import compile as programs_of
     from jaxinfer import models, spec, weights
     from jaxinfer.plan import abstract_params, plan_memory
-    from jaxinfer.sharding import fit
+    from jaxinfer.sharding import fit, replicas
 
+    settings = replace(settings, mesh=replicas(settings.mesh)[0])
     dtype = settings.engine.compute_dtype
     with progress.shown() as show:
         source = weights.describe(settings.model, quant=settings.quant.scheme, progress=show)

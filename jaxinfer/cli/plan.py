@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -48,9 +48,11 @@ def plan(
         raise ConfigError(f"--device-gib is {device_gib}; it must be above 0 and finite")
     from jaxinfer import weights
     from jaxinfer.plan import abstract_params, plan_memory
-    from jaxinfer.sharding import fit
+    from jaxinfer.sharding import fit, replicas
 
     name, model = weights.shape_of(settings.model, quant=settings.quant.scheme)
+    meshes = replicas(settings.mesh)
+    settings = replace(settings, mesh=meshes[0])
     model = fit(model, settings.mesh)
     programs = stored(settings, model)
     memory = plan_memory(
@@ -62,11 +64,13 @@ def plan(
     )
     lengths = lengths or usual_lengths(memory)
     if as_json:
-        print(json.dumps({"model": name, **as_dict(memory, programs, lengths)}))
+        about = {"model": name, "num_replicas": len(meshes)}
+        print(json.dumps({**about, **as_dict(memory, programs, lengths)}))
         return
     screen = console()
     other = device_gib is not None
-    screen.print(memory_table(memory, programs, title=name, is_other_device=other))
+    title = name if len(meshes) == 1 else f"{name}, each of {len(meshes)} replicas"
+    screen.print(memory_table(memory, programs, title=title, is_other_device=other))
     screen.print(sequence_table(memory, lengths))
 
 

@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,23 +41,24 @@ def serve(
         The port of loopback where OpenAI's protocol is spoken too: server.openai_port.
     """
     _check_writable(stats_json)
-    settings = _checked_settings(common, openai)
+    settings = checked_settings(common, openai)
     logging.basicConfig(
         level=logging.INFO if common.debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    from jaxinfer.llm import load_engine
+    from jaxinfer.llm import load_replicas
+    from jaxinfer.replicas import sum_of
 
     started_s = time.monotonic()
     with progress.shown() as show:
-        loaded = load_engine(settings, progress=show)
+        loaded = load_replicas(settings, progress=show)
     try:
         _serve(settings, loaded, load_s=time.monotonic() - started_s, as_json=as_json)
     finally:
-        write_stats(asdict(loaded.engine.stats()), stats_json)
+        write_stats(asdict(sum_of([one.engine.stats() for one in loaded])), stats_json)
 
 
-def _checked_settings(common: Common, openai: int | None) -> config.Config:
+def checked_settings(common: Common, openai: int | None) -> config.Config:
     """The settings, once it is certain that a server can listen and be safe with them."""
     settings = common.load()
     if openai is not None:
@@ -71,17 +73,19 @@ def _checked_settings(common: Common, openai: int | None) -> config.Config:
 
 
 def _serve(
-    settings: config.Config, loaded: "LoadedEngine", *, load_s: float, as_json: bool
+    settings: config.Config, replicas: Sequence["LoadedEngine"], *, load_s: float, as_json: bool
 ) -> None:
-    from jaxinfer import recording
+    from jaxinfer.replicas import resume
     from jaxinfer.server import address, app
     from jaxinfer.server.facts import gather
     from jaxinfer.server.served import ServedModel
-    from jaxinfer.server.timeline import Timeline, explainer
+    from jaxinfer.server.timeline import Timeline, explainer, total
 
-    engine = loaded.engine
-    timeline = engine.observer = Timeline(engine.config.row_counts)
-    resumed = recording.resume(settings.snapshot, engine, loaded.name)
+    loaded, engines = replicas[0], [one.engine for one in replicas]
+    engine, timelines = loaded.engine, [Timeline(one.config.row_counts) for one in engines]
+    for one, timeline in zip(engines, timelines, strict=True):
+        one.observer = timeline
+    resumed = resume(settings.snapshot, engines, loaded.name)
 
     def ready(port: int) -> None:
         facts = {
@@ -89,10 +93,11 @@ def _serve(
             "target": f"{settings.server.host}:{port}",
             "port": port,
             "admin": address.of_operators(settings.server),
-            "num_programs": engine.stats().num_programs,
+            "num_programs": sum(one.stats().num_programs for one in engines),
+            "num_replicas": len(engines),
             "load_s": round(load_s, 3),
             "num_restored": len(resumed.requests),
-            "exact_bits": engine.self_test.is_exact,
+            "exact_bits": all(one.self_test.is_exact for one in engines),
             "config": config.digest(settings),
         }
         print(json.dumps({"event": "ready", **facts}) if as_json else hello(facts), flush=True)
@@ -105,21 +110,21 @@ def _serve(
             limits=engine.limits,
             defaults=loaded.defaults,
             text=loaded.tokenizer.assets,
-            line=settings.engine.num_slots + settings.engine.max_waiting,
+            line=len(engines) * (settings.engine.num_slots + settings.engine.max_waiting),
         ),
-        resumed.make_thread,
+        resumed.make_engine,
         settings.server,
         security=settings.security,
         ready=ready,
         restored=resumed.requests,
-        facts=gather(engine, settings),
-        explain=explainer(timeline),
-        steps=timeline.counts,
-        door=_door(settings, loaded.name, as_json),
+        facts=gather(settings, *engines),
+        explain=explainer(*timelines),
+        steps=lambda: total(timeline.counts for timeline in timelines),
+        door=open_door(settings, loaded.name, as_json),
     )
 
 
-def _door(settings: config.Config, model: str, as_json: bool) -> "OpenAIDoor | None":
+def open_door(settings: config.Config, model: str, as_json: bool) -> "OpenAIDoor | None":
     if not settings.server.openai_port:
         return None
     from jaxinfer.server import openai_door

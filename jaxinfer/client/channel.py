@@ -1,5 +1,6 @@
 """The connection of a client: plain or TLS, with a token on every call or without."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,12 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own waits grow to two minutes
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+REPLICAS: dict[str, Any] = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "jaxinfer.v1.InferenceService"},
+}
+"""Calls go round the servers that are ready; where there is one alone, it says itself why not."""
+
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -77,7 +84,7 @@ def credentials(
 
 def connect(target: str, secure: grpc.ChannelCredentials | None) -> grpc.Channel:
     """A channel for threads."""
-    options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS
+    options = options_for(target)
     if secure is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, secure, options=options)
@@ -85,10 +92,17 @@ def connect(target: str, secure: grpc.ChannelCredentials | None) -> grpc.Channel
 
 def connect_aio(target: str, secure: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
     """A channel for asyncio."""
-    options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS
+    options = options_for(target)
     if secure is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, secure, options=options)
+
+
+def options_for(target: str) -> Sequence[tuple[str, int | str]]:
+    """Several servers, with commas after ipv4: or behind one name of dns:///, take turns."""
+    if "," not in target and not target.startswith("dns:"):
+        return CHANNEL_OPTIONS
+    return (*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(REPLICAS)))
 
 
 def _read(path: str | Path | None) -> bytes | None:

@@ -67,7 +67,7 @@ def run(
     restored: Sequence[Request] = (),
     facts: Facts = NO_FACTS,
     explain: Explain | None = None,
-    steps: StepCounts | None = None,
+    steps: Callable[[], StepCounts] | None = None,
     ready: Callable[[int], None] = lambda port: None,
     door: OpenAIDoor | None = None,
 ) -> None:
@@ -110,7 +110,7 @@ class Server:
         restored: Sequence[Request] = (),
         facts: Facts = NO_FACTS,
         explain: Explain | None = None,
-        steps: StepCounts | None = None,
+        steps: Callable[[], StepCounts] | None = None,
     ) -> None:
         self._served = served
         self._make_engine = make_engine

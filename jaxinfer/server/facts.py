@@ -1,6 +1,7 @@
 """What a server says about itself and its start; secrets are left out."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ class Facts:
     broken_promises: tuple[str, ...] = ()
 
 
-def gather(engine: "Engine", config: Config) -> Facts:
-    """The facts of a loaded engine and the settings that it was loaded with."""
+def gather(config: Config, *engines: "Engine") -> Facts:
+    """The facts of loaded engines of one model and the settings that they were loaded with."""
+    broken = (text for engine in engines for text in engine.self_test.broken_promises)
     return Facts(
-        device=_devices(engine),
+        device=_devices(engines),
         config_toml=settings.to_toml(without_secrets(config)),
-        programs=tuple(shape.name for shape in engine.programs),
-        broken_promises=engine.self_test.broken_promises,
+        programs=tuple(shape.name for shape in engines[0].programs),
+        broken_promises=tuple(dict.fromkeys(broken)),
     )
 
 
@@ -36,9 +38,10 @@ def without_secrets(config: Config) -> Config:
     return replace(config, server=replace(config.server, prefix_salt=""))
 
 
-def _devices(engine: "Engine") -> str:
-    import jax  # the engine has it already; a server of another engine needs none
+def _devices(engines: Iterable["Engine"]) -> str:
+    import jax  # the engines have it already; a server of another engine needs none
 
-    found = {device for leaf in jax.tree.leaves(engine.device.params) for device in leaf.devices()}
+    leaves = (leaf for engine in engines for leaf in jax.tree.leaves(engine.device.params))
+    found = {device for leaf in leaves for device in leaf.devices()}
     kinds = Counter(f"{device.device_kind} ({device.platform})" for device in found)
     return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))

@@ -172,7 +172,7 @@ class Scraped:
         stats: Callable[[], EngineStats],
         *,
         model: str,
-        steps: StepCounts | None = None,
+        steps: Callable[[], StepCounts] | None = None,
         num_dropped_lines: Callable[[], int] = lambda: 0,
     ) -> None:
         self._metrics = metrics
@@ -308,9 +308,10 @@ def serve(collector: Scraped, host: str, port: int) -> Callable[[], None]:
     return stop
 
 
-def _step_counters(steps: StepCounts | None) -> dict[str, tuple[str, float | int]]:
-    if steps is None:
+def _step_counters(counts: Callable[[], StepCounts] | None) -> dict[str, tuple[str, float | int]]:
+    if counts is None:
         return {}
+    steps = counts()
     return {
         "prefill_steps": ("Steps with a chunk in them.", steps.num_prefill_steps),
         "prefill_step_seconds": ("What these took.", steps.prefill_s),

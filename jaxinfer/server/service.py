@@ -319,7 +319,9 @@ def raise_failure(output: Output, mailbox: Mailbox) -> None:
         case FinishReason.CANCELLED if mailbox.is_aborted:
             raise EndedByOperator("an operator ended this request; asking again may not help")
         case FinishReason.CANCELLED:
-            raise Draining("the server stopped before this request was finished; ask another")
+            raise Draining(
+                output.error or "the server stopped before this request was finished; ask another"
+            )
         case FinishReason.ERROR:
             raise EngineFailed(output.error)
 

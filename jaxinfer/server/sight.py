@@ -41,7 +41,7 @@ class Sight:
         config: ServerConfig,
         *,
         has_tenants: bool = False,
-        steps: StepCounts | None = None,
+        steps: Callable[[], StepCounts] | None = None,
         explain: Explain | None = None,
     ) -> None:
         """Opens the request log; ConfigError where it can't be written."""

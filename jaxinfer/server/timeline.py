@@ -9,8 +9,8 @@ import bisect
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from jaxinfer.host.live import Live
@@ -38,6 +38,15 @@ class StepCounts:
     decode_s: float = 0.0
     gap_s: float = 0.0
     """In which there was work and no step under way: the device waited for the host."""
+
+
+def total(counts: Iterable[StepCounts]) -> StepCounts:
+    """Of engines beside each other."""
+    found = StepCounts()
+    for one in counts:
+        for field in fields(StepCounts):
+            setattr(found, field.name, getattr(found, field.name) + getattr(one, field.name))
+    return found
 
 
 class _Planned(NamedTuple):
@@ -199,12 +208,18 @@ class Timeline:
         counts.num_computed_tokens += sum(chunk.size for chunk in plan.chunks)
 
 
-def explainer(timeline: Timeline) -> Callable[[str], list[pb.Happening] | None]:
-    """What AdminService asks: the story as messages; None where a request is unknown."""
+def explainer(*timelines: Timeline) -> Callable[[str], list[pb.Happening] | None]:
+    """What AdminService asks: the story as messages; None where a request is unknown.
+
+    Of engines beside each other, a request may have been on one after another.
+    """
 
     def explain(request_id: str) -> list[pb.Happening] | None:
-        story = timeline.explain(request_id)
-        return [pb.Happening(**one._asdict()) for one in story] or None
+        for timeline in timelines:
+            story = timeline.explain(request_id)
+            if story:
+                return [pb.Happening(**one._asdict()) for one in story]
+        return None
 
     return explain
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_int8_weights_are_split_with_their_scales(tmp_path, quant):
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[str]:
+def serving(*options: str, num_replicas: int = 1) -> Iterator[str]:
     """A server's address, until the end of the block; it has eight virtual devices."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
@@ -177,7 +178,7 @@ def serving(*options: str) -> Iterator[str]:
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        assert ready["exact_bits"]
+        assert ready["exact_bits"] and ready["num_replicas"] == num_replicas
         yield ready["target"]
         process.terminate()
         assert process.wait(timeout=60) == 0
@@ -223,6 +224,43 @@ def test_a_server_over_four_devices_answers_as_one_device_does(tmp_path, monkeyp
         check=True,
     )
     assert not json.loads(planned.stdout)["is_temp_estimate"]  # that of the programs it left
+
+
+@pytest.mark.parametrize("mesh", ["mesh/replicas-2", "mesh/replicas-2-tensor-4"])
+def test_a_server_of_replicas_answers_as_one_engine_does_and_each_replays(
+    tmp_path, monkeypatch, mesh
+):
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tmp_path / "cache"))
+    folder = cli_model.save(tmp_path)
+    files = ("-m", str(folder), "-c", str(tmp_path / "tiny.toml"), "-c", mesh)
+    few = ("--set=engine.prefill_chunks=[8]", "--set=engine.decode_rows=[8]")
+    kept = ("--journal.folder", str(tmp_path / "journal"))
+    expected = tiny.run(
+        make_engine(1), [tiny.make_request(f"r{n}", one) for n, one in enumerate(PROMPTS)]
+    )
+    with serving(*files, *few, *kept, num_replicas=2) as target, Client(target) as client:
+
+        def ask(prompt: list[int]) -> tuple[int, ...]:
+            found = client.generate(
+                token_ids=prompt, temperature=0.0, seed=0, max_tokens=16, ignore_eos=True
+            )
+            return tuple(found.token_ids)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(ask, PROMPTS))
+    assert found == [expected[f"r{n}"].tokens for n in range(len(PROMPTS))]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    for number in range(2):
+        replayed = subprocess.run(
+            [sys.executable, "-m", "jaxinfer", "replay", str(tmp_path / f"journal-{number}")],
+            env=os.environ | flags,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "the same: every plan, page, batch, token" in replayed.stdout, replayed.stdout
+        assert " 0 tokens" not in replayed.stdout
 
 
 @demo_model.needed

@@ -262,7 +262,7 @@ def test_padding_and_gaps_are_there_where_the_engine_tells_its_steps():
     async def body(stub, server, scrape):
         stats = server.engine.stats()
         steps = StepCounts(num_useful_tokens=30, num_computed_tokens=64, gap_s=0.5)
-        told = Scraped(Metrics(METHODS), lambda: stats, model="m", steps=steps)
+        told = Scraped(Metrics(METHODS), lambda: stats, model="m", steps=lambda: steps)
         families = {family.name: family for family in told.collect()}
         assert families["jaxinfer_computed_tokens"].samples[0].value == 64
         assert families["jaxinfer_useful_tokens"].samples[0].value == 30
