@@ -33,7 +33,7 @@ def engine():
 
 def test_secrets_stay_out_of_what_it_says(engine):
     config = override(Config(), "server.prefix_salt=hush", "engine.num_slots=3")
-    found = gather(engine, config)
+    found = gather(config, engine)
     assert "hush" not in found.config_toml and "num_slots = 3" in found.config_toml
     assert found.device and "decode" in " ".join(found.programs)
     assert to_toml(config) != found.config_toml
@@ -48,7 +48,7 @@ def test_a_real_engine_is_flushed_rotated_and_traced_while_it_serves(engine, tmp
         model = ServedModel("tiny", tiny.MODEL, FakeTokenizer(), engine.limits, JAXINFER_DEFAULTS)
         edge = ServerConfig(port=0, admin_port=port)
         make = functools.partial(EngineThread, engine)
-        server = app.Server(model, make, edge, facts=gather(engine, config))
+        server = app.Server(model, make, edge, facts=gather(config, engine))
         target = f"127.0.0.1:{await server.start()}"
         await server.set_serving(True)
         with AdminClient(f"127.0.0.1:{port}") as admin:
