@@ -137,6 +137,7 @@ def test_what_others_see_of_each_abuse():
         for name in ("a process that computes", *abuse.ABUSES):
             before, alone, beside_it = server.report(), [], []
             for _ in range(NUM_PHASES):
+                await is_free(server)  # and new connections get in at once
                 alone += await beside(server.target, 8, asyncio.sleep(PHASE_S))
                 what = ("-m", "tests.server.abuse", name, server.target)
                 if name not in abuse.ABUSES:
