@@ -13,13 +13,12 @@ from jaxinfer import compile as programs_of
 from jaxinfer import models, selftest
 from jaxinfer.compile import ALLOCATE, READ_PAGES, Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
-from jaxinfer.fingerprint import needs_of, settle
+from jaxinfer.fingerprint import needs_of, settle_here
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import tuned
 from jaxinfer.plan import MemoryPlan, check_memory, plan_memory
 from jaxinfer.sharding import layout_of
 from jaxinfer.store import Store
@@ -57,11 +56,9 @@ class Device:
         store: Store | None = None,
         progress: programs_of.Progress = lambda stage, done, total: None,
     ) -> None:
-        needs = needs_of(model, config)
-        config = replace(config, attention=paged_attention.choose(config.attention, needs))
-        config = tuned.settle(config, needs, group=model.num_heads // model.num_kv_heads)
+        attention = paged_attention.choose(config.attention, needs_of(model, config))
         devices = layout_of(models.spec_of(model), params).devices
-        config, reason = settle(model, config, devices)
+        config, reason = settle_here(model, replace(config, attention=attention), devices)
         if model.quant != "none":
             log.info("products: %s%s", config.products, reason and f", because {reason}")
         self.config = config

@@ -17,6 +17,7 @@ from jaxinfer import cache as paged
 from jaxinfer import config as settings
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.kernels import native, paged_attention, products
+from jaxinfer.kernels.paged_attention import tuned
 from jaxinfer.spec import dotted
 from jaxinfer.store import Devices, Key
 
@@ -24,7 +25,15 @@ from jaxinfer.store import Devices, Key
 HOST_ONLY = {
     *("bench", "cli", "client", "cluster", "host", "quality", "server", "text", "v1", "weights"),
     *("__init__.py", "__main__.py", "demo.py", "engine.py", "errors.py", "llm.py", "manifest.py"),
-    *("plan.py", "runner.py", "selftest.py", "settings.py", "store.py", "verdict.py"),
+    *(
+        "plan.py",
+        "replicas.py",
+        "runner.py",
+        "selftest.py",
+        "settings.py",
+        "store.py",
+        "verdict.py",
+    ),
 }
 # Settings of jax whose names hold one of these change no program.
 _HARMLESS = (
@@ -58,6 +67,14 @@ def settle(model: ModelConfig, engine: EngineConfig, devices: Devices) -> Settle
     choice = products.choose(engine.products, needs)
     attention = paged_attention.pick(engine.attention, needs_of(model, engine))
     return Settled(replace(engine, products=choice.name, attention=attention), choice.reason)
+
+
+def settle_here(model: ModelConfig, engine: EngineConfig, devices: Devices) -> Settled:
+    """The same, with the tile sizes that were measured on this device: what is built here."""
+    found = settle(model, engine, devices)
+    group = model.num_heads // model.num_kv_heads
+    needs = needs_of(model, found.engine)
+    return found._replace(engine=tuned.settle(found.engine, needs, group=group))
 
 
 def needs_of(model: ModelConfig, engine: EngineConfig) -> paged_attention.Needs:

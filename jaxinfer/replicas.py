@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from jaxinfer import recording
 from jaxinfer.config import SnapshotConfig
 from jaxinfer.engine import Engine
-from jaxinfer.errors import DuplicateRequest, QueueFull
+from jaxinfer.errors import Draining, DuplicateRequest, QueueFull
 from jaxinfer.host.request import EngineStats, Output, Request
 from jaxinfer.runner import Pulse
+from jaxinfer.server.score import chunk_of
 from jaxinfer.server.served import Deliver, EngineLike
 
 MakeEngine = Callable[[Deliver], EngineLike]
@@ -86,6 +87,7 @@ class Replicas:
             self._num_live[at] += 1
         self._homes: OrderedDict[int, int] = OrderedDict()
         self._progress = _Progress(len(self._threads))
+        self._is_stopping = False
         self._asks = ThreadPoolExecutor(max_workers=4, thread_name_prefix="asks")
 
     @property
@@ -145,7 +147,12 @@ class Replicas:
             thread.accept()
 
     def ask(self, function: Callable[[Any], Any]) -> Future[Any]:
-        """Calls `function` on what answers for all engines together."""
+        """Calls `function` on what answers for all engines together.
+
+        Raises Draining where no step is to come.
+        """
+        if self._is_stopping or not self.alive:
+            raise Draining("the engines have stopped; nothing can be asked of them")
         return self._asks.submit(function, _Every(self._threads))
 
     def stats(self) -> EngineStats:
@@ -154,6 +161,7 @@ class Replicas:
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Ends each after the step under way; False where one was not over in time."""
+        self._is_stopping = True
         self._asks.shutdown(wait=False, cancel_futures=True)
         with ThreadPoolExecutor(len(self._threads)) as pool:
             return all(pool.map(lambda thread: thread.stop(timeout_s), self._threads))
@@ -192,9 +200,10 @@ class Replicas:
     def _remember(self, request: Request, at: int) -> None:
         if len(request.prompt) <= self._page_size or not request.use_prefix_cache:
             return
+        beginning = self._beginning(request)
         with self._lock:
-            self._homes[self._beginning(request)] = at
-            self._homes.move_to_end(self._beginning(request))
+            self._homes[beginning] = at
+            self._homes.move_to_end(beginning)
             if len(self._homes) > MAX_HOMES:
                 self._homes.popitem(last=False)
 
@@ -236,7 +245,7 @@ class _Every:
     @property
     def scorer(self) -> "_Scorer | None":
         """Texts are scored by the first one."""
-        chunk = self._threads[0].ask(_score_chunk).result()
+        chunk = self._threads[0].ask(chunk_of).result()
         return _Scorer(self._threads[0], chunk) if chunk else None
 
     @property
@@ -267,10 +276,6 @@ class _Scorer(NamedTuple):
     def part(self, tokens: list[int], start: int) -> Any:
         """What the first replica finds."""
         return self.thread.ask(lambda engine: engine.scorer.part(tokens, start)).result()
-
-
-def _score_chunk(engine: Any) -> int:
-    return 0 if engine.scorer is None else engine.scorer.chunk
 
 
 def _joined(paths: Iterable[Path | None]) -> Path | None:

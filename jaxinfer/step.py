@@ -122,7 +122,6 @@ def hidden(
     split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T D"]]:
     """Stores a chunk of T tokens a row; returns the residual stream after the last layer."""
-    params = using(params, engine.products)
     rows, num_tokens = batch.tokens.shape
     first = jnp.where(batch.take_last == 1, cache.last_tokens[batch.slots], batch.tokens[:, 0])
     tokens = batch.tokens.at[:, 0].set(first)

@@ -70,12 +70,7 @@ def test_answers_have_the_same_bits_alone_and_beside_others():
     assert engine.self_test.is_exact, engine.self_test.broken_promises
     assert engine.self_test.dropped == ()
     requests = tiny.random_requests(8, seed=3, max_prompt=100, max_tokens=12)
-    together = tiny.run(engine, requests)
-    engine.flush_prefix_cache()
-    for request in requests[:4]:
-        alone = tiny.run(engine, [request])[request.request_id]
-        assert alone.tokens == together[request.request_id].tokens
-        assert alone.logprobs == together[request.request_id].logprobs
+    tiny.run_alone_and_together(engine, requests, alone=4)
     assert engine.stats().num_compiles_after_start == 0
 
 

@@ -144,7 +144,11 @@ def test_the_end_of_one_is_the_end_of_all_and_told_once(world):
     world.engines[1].crash(RuntimeError("broken"))
     world.until(lambda: world.ends)
     assert not world.replicas.alive and str(world.ends[0]) == "broken"
+    with pytest.raises(Draining):
+        world.replicas.ask(lambda engine: engine.flush_prefix_cache())
     assert world.replicas.stop(10.0) and len(world.ends) == 1
+    with pytest.raises(Draining):
+        world.replicas.ask(lambda engine: engine.flush_prefix_cache())
 
 
 def test_draining_and_questions_reach_all_of_them(world):

@@ -117,6 +117,19 @@ class Answer(NamedTuple):
     last: Output
 
 
+def run_alone_and_together(
+    engine: Engine, requests: list[Request], *, alone: int
+) -> dict[str, Answer]:
+    """The answers of all at once, which the first ones must also get alone, bit for bit."""
+    together = run(engine, requests)
+    engine.flush_prefix_cache()
+    for request in requests[:alone]:
+        (own,) = run(engine, [request]).values()
+        assert own.tokens == together[request.request_id].tokens
+        assert own.logprobs == together[request.request_id].logprobs
+    return together
+
+
 def run(
     engine: Engine,
     requests: list[Request],

@@ -82,18 +82,21 @@ def build(
 ) -> tuple["Program", ...]:
     """Every program that an engine with these settings runs, stored under the keys it looks up."""
     from jaxinfer import compile as programs_of
+    from jaxinfer.fingerprint import settle_here
     from jaxinfer.plan import abstract_params
+    from jaxinfer.sharding import make_mesh
     from jaxinfer.store import open_store
 
     store = open_store(config.cache_dir() / "programs")
     params = abstract_params(model, settings.engine, settings.mesh)
-    steps = programs_of.build(params, model, settings.engine, store=store, progress=progress)
-    allocate = programs_of.build_allocate(params, model, settings.engine, store=store)
-    others = [allocate]
-    if settings.engine.bits == "exact":
-        others.append(programs_of.build_read_pages(params, model, settings.engine, store=store))
-    if settings.engine.score_chunk:
-        one, shape = settings.engine.scoring, programs_of.score_shape(settings.engine)
+    devices = make_mesh(settings.mesh).devices.ravel().tolist()
+    engine = settle_here(model, settings.engine, devices).engine
+    steps = programs_of.build(params, model, engine, store=store, progress=progress)
+    others = [programs_of.build_allocate(params, model, engine, store=store)]
+    if engine.bits == "exact":
+        others.append(programs_of.build_read_pages(params, model, engine, store=store))
+    if engine.score_chunk:
+        one, shape = engine.scoring, programs_of.score_shape(engine)
         found = programs_of.build(params, model, one, wanted=[shape], store=store)
         others += [found[shape], programs_of.build_allocate(params, model, one, store=store)]
     return (*steps.values(), *others)

@@ -31,7 +31,6 @@ from jaxinfer.cluster.place import devices_each
 from jaxinfer.compile import Progress
 from jaxinfer.config import Config
 from jaxinfer.errors import ConfigError, GroupRefused
-from jaxinfer.kernels.paged_attention import tuned
 from jaxinfer.llm import LoadedEngine, load_engine
 from jaxinfer.store import Agree, Devices
 
@@ -108,9 +107,7 @@ def _chosen(config: Config, devices: Devices) -> dict[str, str]:
     """What is chosen here by what this machine has: kernels, tile sizes, the model's shape."""
     source = weights.describe(config.model, quant=config.quant.scheme)
     model = sharding.fit(source.config, config.mesh)
-    engine = fingerprint.settle(model, config.engine, devices).engine
-    group = model.num_heads // model.num_kv_heads
-    engine = tuned.settle(engine, fingerprint.needs_of(model, engine), group=group)
+    engine = fingerprint.settle_here(model, config.engine, devices).engine
     return {
         "model": _short([source.name, asdict(model)]),
         "chosen settings": json.dumps(asdict(engine), sort_keys=True),

@@ -22,6 +22,7 @@ from jaxinfer.llm import LoadedEngine
 from jaxinfer.runner import EngineThread
 from jaxinfer.scoring import Scored, Scorer
 from jaxinfer.server import facts
+from jaxinfer.server.score import chunk_of
 from jaxinfer.server.timeline import Timeline
 
 PULSE_S = 0.1
@@ -208,10 +209,6 @@ def _journal_path(engine: Engine) -> str | None:
     return None if path is None else str(path)
 
 
-def _score_chunk(engine: Engine) -> int:
-    return 0 if engine.scorer is None else engine.scorer.chunk
-
-
 def _score(engine: Engine, tokens: list[int], start: int) -> list[list[Any]]:
     scorer: Scorer | None = engine.scorer
     assert scorer is not None, "the front asks for the chunk first"
@@ -223,7 +220,7 @@ ASKED: dict[str, Callable[..., Any]] = {
     "flush": _flush,
     "rotate": _rotate,
     "journal_path": _journal_path,
-    "score_chunk": _score_chunk,
+    "score_chunk": chunk_of,
     "score": _score,
 }
 """What may be asked of an engine between two steps, by name; there is no other way in."""

@@ -111,8 +111,6 @@ class RemoteEngine:
     stops, `serving` hears False, and new ones are refused until the group is back.
     """
 
-    scorer = None
-
     def __init__(
         self,
         deliver: Deliver,
@@ -285,6 +283,8 @@ class RemoteEngine:
         try:
             self._send(["ask", number, what, list(arguments)])
         except PeerLost as error:
+            with self._lock:
+                self._answers.pop(number, None)
             raise _away() from error
         return future.result(ASK_S)
 

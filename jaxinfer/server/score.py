@@ -43,7 +43,7 @@ class Scoring:
             self._num_waiting -= 1
 
     async def _parts(self, tokens: list[int]) -> list[Part]:
-        chunk, parts = await self._ask(_chunk), []
+        chunk, parts = await self._ask(chunk_of), []
         if not chunk:
             raise OutOfTurn(
                 "this server scores no texts; start it with engine.score_chunk, such as 128"
@@ -56,5 +56,6 @@ class Scoring:
         return await asyncio.wrap_future(self._engine.ask(function))
 
 
-def _chunk(engine: Any) -> int:
+def chunk_of(engine: Any) -> int:
+    """Tokens that an engine scores at a time; 0 where it scores none."""
     return 0 if engine.scorer is None else engine.scorer.chunk

@@ -211,7 +211,7 @@ class Timeline:
 def explainer(*timelines: Timeline) -> Callable[[str], list[pb.Happening] | None]:
     """What AdminService asks: the story as messages; None where a request is unknown.
 
-    Of engines beside each other, a request may have been on one after another.
+    Engines beside each other have a timeline each: the first one that knows the request tells.
     """
 
     def explain(request_id: str) -> list[pb.Happening] | None:

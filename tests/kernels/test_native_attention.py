@@ -87,12 +87,7 @@ def test_an_engine_keeps_its_promises_and_its_programs(pages, tmp_path):
     engine = make_engine()
     assert engine.self_test.is_exact, engine.self_test.broken_promises
     requests = tiny.random_requests(8, seed=3, max_prompt=30, max_tokens=12)
-    together = tiny.run(engine, requests)
-    engine.flush_prefix_cache()
-    for request in requests[:3]:
-        alone = tiny.run(engine, [request])[request.request_id]
-        assert alone.tokens == together[request.request_id].tokens
-        assert alone.logprobs == together[request.request_id].logprobs
+    together = tiny.run_alone_and_together(engine, requests, alone=3)
     assert engine.stats().num_compiles_after_start == 0
     again = make_engine()
     assert all(one.load_s for one in again.programs.values())

@@ -152,12 +152,7 @@ def test_an_engine_with_native_products_keeps_its_promises(tmp_path):
     target = native.library().target("product")
     assert all(target in (one.text() or "") for one in engine.programs.values())
     requests = tiny.random_requests(8, seed=3, max_prompt=30, max_tokens=12)
-    together = tiny.run(engine, requests)
-    engine.flush_prefix_cache()
-    for request in requests[:3]:
-        alone = tiny.run(engine, [request])[request.request_id]
-        assert alone.tokens == together[request.request_id].tokens
-        assert alone.logprobs == together[request.request_id].logprobs
+    together = tiny.run_alone_and_together(engine, requests, alone=3)
     assert engine.stats().num_compiles_after_start == 0
     before = programs_of.num_compiles()
     again = make()

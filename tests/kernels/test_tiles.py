@@ -1,11 +1,13 @@
 """Tile sizes: those of the rule fit, chosen ones are kept or refused; files are read strictly."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jaxinfer import fingerprint
 from jaxinfer.device import Device
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
@@ -91,6 +93,18 @@ def test_a_file_gives_an_engine_the_sizes_of_its_place(tmp_path):
     assert tuned.settle(plain, GPU, group=4) == plain
 
 
+def test_what_is_built_ahead_has_the_sizes_that_an_engine_takes(tmp_path, monkeypatch):
+    here = jax.devices()
+    path = tmp_path / "tiles.toml"
+    tuned.write(path, [H200, replace(H200, device=here[0].device_kind, sizes=(128, 512, 2))])
+    monkeypatch.setattr(fingerprint, "needs_of", lambda model, engine: GPU)
+    config = tiny.engine_config(attention="pallas_gpu", attention_block=128, tiles=str(path))
+    model = replace(tiny.MODEL, num_heads=8, num_kv_heads=2)
+    settled = fingerprint.settle_here(model, config, here).engine
+    assert settled.attention_tiles == (128, 512, 2)
+    assert settled.attention == "pallas_gpu"
+
+
 @pytest.mark.parametrize(
     ("changes", "device"),
     [
@@ -119,7 +133,7 @@ def test_sizes_from_a_file_must_fit_the_settings_too(tmp_path):
 def test_an_engine_whose_attention_has_no_tiles_refuses_a_file_of_them():
     config = tiny.engine_config(tiles="h200.toml")
     with pytest.raises(ConfigError, match="attention by reference has no tiles"):
-        Device(None, tiny.MODEL, config)
+        Device(tiny.params(), tiny.MODEL, config)
 
 
 def test_what_is_written_is_read_back_and_other_places_stay(tmp_path):

@@ -62,8 +62,12 @@ def wanted(state: str, scope: str) -> tuple[grpc.StatusCode, ...]:
 
 
 async def ask(wire, method, metadata=()) -> tuple[grpc.StatusCode, str]:
-    """The status of a call of any kind, ended after its first reply."""
-    call = wire.stream_stream(method)(iter([b""]), metadata=metadata)
+    """The status of a call of any kind, ended after its first reply.
+
+    Its one message goes out with its headers: gRPC's asyncio client makes a status of its own,
+    INTERNAL, of a message written to a call that has been refused meanwhile.
+    """
+    call = wire.unary_stream(method)(b"", metadata=metadata)
     try:
         await anext(aiter(call), None)
     except grpc.aio.AioRpcError as error:
