@@ -324,7 +324,7 @@ def test_it_says_what_it_is_and_how_busy():
 
 
 def test_the_archive_makes_the_tokenizer_that_we_use():
-    text = TextAssets(tokenizer_json=cli_model._tokenizer(), chat_template="{{ messages }}")
+    text = TextAssets(tokenizer_json=cli_model.tokenizer_json(), chat_template="{{ messages }}")
 
     async def body(stub, server):
         request = common_pb2.GetTokenizerRequest()
@@ -341,7 +341,7 @@ def test_the_archive_makes_the_tokenizer_that_we_use():
 
 
 def test_the_archive_puts_the_first_token_where_our_tokenizer_does():
-    document = json.loads(cli_model._tokenizer())
+    document = json.loads(cli_model.tokenizer_json())
     document["added_tokens"] = [
         {"id": 256, "content": BOS, "special": True, "single_word": False, "lstrip": False}
         | {"rstrip": False, "normalized": False}

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
@@ -15,6 +15,7 @@ from jaxinfer import demo, weights
 from jaxinfer.client import Client
 from jaxinfer.client.admin import AdminClient
 from jaxinfer.server import openai_door
+from tests.server.demo_server import MODEL, serving
 
 pytest.importorskip("smg")
 import httpx  # noqa: E402
@@ -25,24 +26,9 @@ pytestmark = [
     pytest.mark.full,
     pytest.mark.skipif(not weights.is_ready("smollm2-135m"), reason="the demo model is not here"),
 ]
-MODEL = "smollm2-135m"
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 PATIENCE_S = 20.0
-
-
-@contextmanager
-def serving(*options: str):
-    """A server process with the demo model, and what it said when it was ready."""
-    command = [sys.executable, "-m", "jaxinfer", "serve", "--json", "-m", MODEL]
-    command += ["--engine.max-seq-len", "512", "--server.port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process, demo._event(process, "ready")
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
