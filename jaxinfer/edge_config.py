@@ -37,6 +37,9 @@ class ServerConfig:
     """A stream whose client takes nothing for so long ends with ABORTED; 0: never."""
     max_waiting_tokens: int = 0
     """Prompt tokens that may wait in all; one request more is refused. 0: no bound of its own."""
+    max_wait_s: float = 8.0
+    """A request that would wait longer is refused, by the pace at which others began; 0: none is.
+    A load of hours that nobody waits for sets 0 and bounds the line by engine.max_waiting alone."""
     max_chat_messages: int = 4096
     """Messages of one conversation; one more is refused before the chat template runs."""
     max_streams: int = 0
@@ -65,6 +68,7 @@ class ServerConfig:
             "stall_limit_s",
             "reader_limit_s",
             "max_waiting_tokens",
+            "max_wait_s",
             "max_streams",
         ):
             if not 0 <= getattr(self, key) < math.inf:

@@ -140,7 +140,7 @@ class Server:
             loop,
             self._sight.observers,
             answers=Answers(self._config.resume_ttl_s),
-            line=Line(self._config.max_waiting_tokens),
+            line=Line(self._config.max_waiting_tokens, self._config.max_wait_s),
         )
         self._engine = self._make_engine(self._hub.deliver)
         self._health = Health((*SERVICES, self._served.name))

@@ -146,15 +146,15 @@ class Hub:
         mailbox.draft = Draft(request)
         self._unclaimed[request.request_id] = Unclaimed(request, mailbox)
 
-    def admit(self, request: Request) -> Mailbox:
+    def admit(self, request: Request, tenant: str = "") -> Mailbox:
         """A mailbox for a request that may wait; raises what it is told where it may not."""
         mailbox = self.open(request.request_id)
         try:
-            self.line.check(request)
+            self.line.check(request, tenant)
         except JaxinferError:
             self.forget(request.request_id)
             raise
-        self.line.enter(request)
+        self.line.enter(request, tenant)
         mailbox.draft = Draft(request)
         return mailbox
 

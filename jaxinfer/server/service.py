@@ -234,11 +234,11 @@ class Service:
         if self._hub.knows(caller.request_id(request_id)):
             return
         self._tenants.check_room(caller)
-        self._hub.line.check_room(deadline_s)
+        self._hub.line.check_room(deadline_s, caller.tenant)
         try:
             self._engine.check_room()
         except QueueFull as error:
-            error.retry_after_s = self._hub.line.retry_after_s
+            error.retry_after_s = self._hub.line.retry_after_s(caller.tenant)
             raise
 
     def _decoded(self, token_ids: Sequence[int], skip_special: bool) -> str:
@@ -289,13 +289,14 @@ class Service:
         return self._clock() + remaining_s
 
     def _submit(self, request: Request) -> Mailbox:
-        mailbox = self._hub.admit(request)
+        tenant = CALLER.get().tenant
+        mailbox = self._hub.admit(request, tenant)
         taken = False
         try:
             self._engine.submit(request)
             taken = True
         except QueueFull as error:
-            error.retry_after_s = self._hub.line.retry_after_s
+            error.retry_after_s = self._hub.line.retry_after_s(tenant)
             raise
         finally:
             if not taken:

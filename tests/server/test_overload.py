@@ -53,12 +53,46 @@ def paced(num_waiting: int) -> tuple[Line, Clock]:
 
 def test_the_wait_is_predicted_from_the_pace_of_those_before():
     line, _ = paced(20)
-    assert line.wait_s == pytest.approx(20.0) and line.retry_after_s == pytest.approx(10.0)
+    assert line.wait_s() == pytest.approx(20.0) and line.retry_after_s() == pytest.approx(10.0)
     line.leave("15")
-    assert line.wait_s == pytest.approx(19.0) and line.num_tokens == 190
+    assert line.wait_s() == pytest.approx(19.0) and line.num_tokens == 190
     line.begin("15")  # it is gone: no news
-    assert line.wait_s == pytest.approx(19.0)
-    assert Line().wait_s == 0.0  # nothing is known yet
+    assert line.wait_s() == pytest.approx(19.0)
+    assert Line().wait_s() == 0.0  # nothing is known yet
+
+
+def test_what_comes_seldom_says_nothing_about_the_pace():
+    clock = Clock()
+    line = Line(clock=clock)
+    for number in range(100):
+        clock.now_s = float(number)
+        line.enter(request(str(number)))
+        clock.now_s += 0.1
+        line.begin(str(number))
+    for number in range(100, 120):
+        line.enter(request(str(number)))
+    assert line.wait_s() == 0.0
+    for number in range(100, 110):
+        line.begin(str(number))
+        clock.now_s += 0.1
+    assert line.wait_s() == pytest.approx(1.0)
+
+
+def test_a_line_is_no_longer_than_its_wait_may_be():
+    clock = Clock()
+    line = Line(max_wait_s=8.0, clock=clock)
+    for number in range(20):
+        line.enter(request(str(number)))
+    line.check(request("nothing is known yet"))
+    for number in range(10):
+        clock.now_s += 1.0
+        line.begin(str(number))
+    with pytest.raises(QueueFull, match=r"10 .* 10.0 s, .* 8 s \(server.max_wait_s") as caught:
+        line.check(request("one more"))
+    assert caught.value.retry_after_s == pytest.approx(5.0)
+    for number in range(10, 13):
+        line.begin(str(number))
+    line.check(request("one more"))
 
 
 def test_a_deadline_that_can_not_be_met_is_refused_before_it_waits():
@@ -80,6 +114,26 @@ def test_waiting_tokens_are_bounded():
         line.check(request("c", 26))
     line.begin("a")
     line.check(request("c", 10))
+
+
+def test_a_tenant_waits_for_its_own_line_and_its_turns():
+    clock = Clock()
+    line = Line(max_wait_s=8.0, clock=clock)
+    for number in range(30):
+        line.enter(request(str(number)), "big")
+    for number in range(10):
+        clock.now_s += 1.0
+        line.begin(str(number))
+    assert line.wait_s("big") == pytest.approx(20.0) and line.wait_s("small") == pytest.approx(1.0)
+    with pytest.raises(QueueFull, match="20 requests wait"):
+        line.check(request("late"), "big")
+    line.check(request("first", deadline_s=clock.now_s + 2.0), "small")
+    for number in range(3):
+        line.enter(request(f"small {number}"), "small")
+    assert line.wait_s("small") == pytest.approx(7.0)  # three of its own, four turns of the other
+    for number in range(10, 30):
+        line.leave(str(number))
+    assert line.wait_s("small") == pytest.approx(3.0) and line.wait_s("big") == pytest.approx(1.0)
 
 
 async def under(stub, seconds: float) -> dict[str, Load]:
