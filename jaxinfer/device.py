@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jaxinfer.compile import ALLOCATE, READ_PAGES, Programs, Shape
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.fingerprint import needs_of, settle_here
 from jaxinfer.host.batch import SlotTable
+from jaxinfer.host.loop import Phase
 from jaxinfer.host.plan import Plan, chunk_size
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
@@ -37,10 +38,11 @@ class Handle(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What a step has sampled, in the order of plan.sampled."""
+    """What a part of a step has sampled, in the order of plan.sampled."""
 
     tokens: list[int]
     logprobs: np.ndarray  # f32
+    is_last: bool
 
 
 class Device:
@@ -101,16 +103,18 @@ class Device:
             rows.append(len(plan.decodes))
         return Handle(tuple(outputs), tuple(rows), began_s)
 
-    def read(self, handle: Handle) -> Returned:
-        """Waits for a step."""
-        before = self._clock()
-        tokens: list[int] = []
-        logprobs = [np.zeros(0, np.float32)]
-        for output, rows in zip(handle.outputs, handle.rows, strict=True):
-            tokens += np.asarray(output.tokens)[:rows].tolist()
-            logprobs.append(np.asarray(output.logprobs)[:rows])
-        self.wait_s += self._clock() - before
-        return Returned(tokens, np.concatenate(logprobs))
+    def read(self, handle: Handle, faults: Callable[[Phase], None]) -> Iterator[Returned]:
+        """Waits for a step, program by program; one that samples nothing has one empty part."""
+        if not handle.outputs:
+            faults("read")
+            yield Returned([], np.zeros(0, np.float32), is_last=True)
+        for place, (output, rows) in enumerate(zip(handle.outputs, handle.rows, strict=True), 1):
+            faults("read")
+            before = self._clock()
+            tokens = np.asarray(output.tokens)[:rows].tolist()
+            logprobs = np.asarray(output.logprobs)[:rows]
+            self.wait_s += self._clock() - before
+            yield Returned(tokens, logprobs, is_last=place == len(handle.outputs))
 
     def run(self, shape: Shape, packed: np.ndarray) -> StepOutput:
         """Dispatches one program on a packed batch."""

@@ -10,7 +10,7 @@ calls of `step` the engine is a value: with the same calls and the same clock it
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,13 @@ import jax
 import numpy as np
 
 from jaxinfer import compile as programs_of
-from jaxinfer.compile import Programs, Shape
+from jaxinfer.compile import Programs
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.device import Device, Handle
 from jaxinfer.errors import CompileAfterStart, DuplicateRequest, EngineFailed
 from jaxinfer.host import cost_model, state
 from jaxinfer.host.journal import Recorder
-from jaxinfer.host.live import Live, MakesStreams, open_stream
+from jaxinfer.host.live import Live, MakesStreams, News, open_stream
 from jaxinfer.host.loop import Loop, Phase, Sampled
 from jaxinfer.host.observer import Observer
 from jaxinfer.host.pace import Pace, PaceMeter
@@ -43,12 +43,12 @@ from jaxinfer.host.request import (
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.snapshot import Saved, Snapshot
-from jaxinfer.inputs import StepOutput
 from jaxinfer.scoring import Scorer
 from jaxinfer.store import Store
 from jaxinfer.verdict import SelfTest
 
 MAX_RECOVERIES_IN_A_ROW = 3
+Tell = Callable[[list[Output]], None]
 log = logging.getLogger(__name__)
 
 
@@ -83,12 +83,11 @@ class Engine:
         self._tokenizer = tokenizer
         self._clock = clock
         self._meter = PaceMeter()
-        self._returned_s = clock()  # when a step was read last
         self._take_scheduler(Scheduler(config, eos_token_ids=model.eos_token_ids))
         self._live: dict[str, Live] = {}
-        self._news: dict[str, Live] = {}  # live ones that have something to tell
-        self._ended: list[Live] = []
-        self._logprobs = np.zeros(0, np.float32)  # of the step that was read last
+        self._news = News()
+        self._tell: Tell | None = None
+        self._logprobs = np.zeros(0, np.float32)  # of the part that was read last
         self._num_recoveries_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "output", "recoveries", "compiles"), 0)
         self._host_s = 0.0
@@ -106,7 +105,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._live or self._loop.under_way or self._ended)
+        return bool(self._live or self._loop.under_way or self._news)
 
     @property
     def num_waiting(self) -> int:
@@ -147,9 +146,8 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """What another engine of the same model needs to go on with the live requests."""
         lives = sorted(self._live.values(), key=lambda live: live.sequence.order)
-        return Snapshot(
-            tuple(Saved(live.request, live.tokens, tuple(live.logprobs)) for live in lives)
-        )
+        saved = (Saved(live.request, live.tokens, tuple(live.logprobs)) for live in lives)
+        return Snapshot(tuple(saved))
 
     def restore(self, snapshot: Snapshot) -> tuple[Request, ...]:
         """Goes on with the requests of a snapshot; their next outputs tell all from the start.
@@ -178,14 +176,18 @@ class Engine:
         live = self._know(sequence)
         if tokens:
             live.go_on(logprobs or [0.0] * len(tokens))
-            self._news[request.request_id] = live
+            self._news.add(live)
 
-    def step(self, *, drain: bool = False, pace: Pace | None = None) -> list[Output]:
+    def step(
+        self, *, drain: bool = False, pace: Pace | None = None, tell: Tell | None = None
+    ) -> list[Output]:
         """Dispatches one step and reads the one before it; returns what each request got.
 
         With `drain` nothing is under way afterwards. Without a pace deadlines go by the measured
-        one. Raises EngineFailed when the device fails again and again, and CompileAfterStart.
+        one. `tell` is given the outputs of a part of the step that is there before the rest.
+        Raises EngineFailed when the device fails again and again, and CompileAfterStart.
         """
+        self._tell = tell
         started_s, worked = self._clock(), time.thread_time() - self.device.dispatch_s
         num_compiles = programs_of.num_compiles_here()
         journal, pace = self.journal, self._meter.pace if pace is None else pace
@@ -203,9 +205,7 @@ class Engine:
             journal.close(drained=drain or wants_state)
             if wants_state:
                 journal.save(state.save(self._scheduler))
-        told, self._news, self._ended = [*self._ended, *self._news.values()], {}, []
-        outputs = [live.output() for live in told]
-        self._counts["output"] += sum(len(output.token_ids) for output in outputs)
+        outputs = self._news.tell()
         self._host_s += time.thread_time() - self.device.dispatch_s - worked
         self._watch_compiles(num_compiles)
         return outputs
@@ -236,10 +236,6 @@ class Engine:
             num_evicted_pages=prefix.num_evicted_pages,
             num_cached_pages=pool.num_idle,
         )
-
-    def run_program(self, shape: Shape, packed: np.ndarray) -> StepOutput:
-        """Dispatches one program on a packed batch, without the scheduler's knowledge."""
-        return self.device.run(shape, packed)
 
     def check_integrity(self) -> None:
         """Asserts that pages, slots and requests add up."""
@@ -273,12 +269,12 @@ class Engine:
             read=self._read,
             take=self._take,
             planned=self._planned,
+            told=self._tell_part,
         )
 
     def _know(self, sequence: Sequence) -> Live:
-        live = Live(
-            sequence, open_stream(self._tokenizer, sequence.request), Timings(self._clock())
-        )
+        stream = open_stream(self._tokenizer, sequence.request)
+        live = Live(sequence, stream, Timings(self._clock()))
         self._live[sequence.request.request_id] = live
         if self.observer is not None:
             self.observer.submitted(live)
@@ -307,20 +303,24 @@ class Engine:
                 live.timings = replace(live.timings, scheduled_s=now_s)
         return handle
 
-    def _read(self, plan: Plan, handle: Handle) -> list[int]:
-        """Waits for a step."""
-        self._faults("read")
-        tokens, self._logprobs = self.device.read(handle)
+    def _read(self, plan: Plan, handle: Handle) -> Iterator[list[int]]:
+        """Waits for a step, part by part."""
+        for returned in self.device.read(handle, self._faults):
+            self._logprobs = returned.logprobs
+            if self.journal is not None:
+                self.journal.returned(plan, returned.tokens, returned.logprobs)
+            if returned.is_last:
+                self._returned(plan, handle)
+            yield returned.tokens
+
+    def _returned(self, plan: Plan, handle: Handle) -> None:
+        """All of a step has returned."""
         now_s = self._clock()
-        self._meter.add(plan, now_s - max(handle.began_s, self._returned_s))
-        self._returned_s = now_s
+        self._meter.returned(plan, handle.began_s, now_s)
         if self.step_times is not None:
             self.step_times.returned(now_s)
-        if self.journal is not None:
-            self.journal.returned(plan, tokens, self._logprobs)
         if self.observer is not None:
             self.observer.returned(now_s)
-        return tokens
 
     def _take(self, sampled: Sampled) -> None:
         """One token of a step that has returned, committed just now."""
@@ -329,6 +329,7 @@ class Engine:
         if live is None or live.sequence is not sequence:
             return  # it ended while the step was under way
         if sampled.counts:
+            self._counts["output"] += 1
             if live.timings.first_token_s is None:
                 live.timings = replace(live.timings, first_token_s=self._clock())
             stop = live.take(sampled.token, float(self._logprobs[sampled.place]))
@@ -336,11 +337,15 @@ class Engine:
                 self._scheduler.finish(sequence, FinishReason.STOP_STRING)
             elif stop is not None:
                 sequence.finish_reason = FinishReason.STOP_STRING
-            self._news[sequence.request.request_id] = live
+            self._news.add(live)
         elif sampled.token < 0:
             live.error = "the model's logits were not finite for this request"
         if sequence.finish_reason is not None:
             self._close(live)
+
+    def _tell_part(self) -> None:
+        if self._tell is not None and self._news:
+            self._tell(self._news.tell())
 
     def _end(self, live: Live, reason: FinishReason) -> None:
         self._scheduler.finish(live.sequence, reason)
@@ -354,8 +359,7 @@ class Engine:
         if self.observer is not None:
             self.observer.ended(live)
         del self._live[live.request.request_id]
-        self._news.pop(live.request.request_id, None)
-        self._ended.append(live)
+        self._news.end(live)
 
     def _watch_compiles(self, before: int) -> None:
         """Nothing may compile in a step: it is counted and logged, and the end in strict mode."""

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own: requests in from any thread, outputs out once a step."""
+"""The engine on a thread of its own: requests in from any thread, outputs out as steps return."""
 
 import logging
 import threading
@@ -34,7 +34,7 @@ class Steps(Protocol):
     def max_waiting(self) -> int: ...
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> None: ...
-    def step(self) -> list[Output]: ...
+    def step(self, *, tell: Callable[[list[Output]], None]) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
 
 
@@ -64,7 +64,8 @@ class _Asked(NamedTuple):
 class EngineThread:
     """Runs an engine's steps for as long as there is work.
 
-    `deliver` is called on the engine's thread, once a step, with the outputs of all requests in it.
+    `deliver` is called on the engine's thread, once for each part of a step that returns by itself,
+    with the outputs of all requests in it.
     What is live when it stops stays in the keeper's last snapshot, for another process.
     """
 
@@ -193,7 +194,7 @@ class EngineThread:
         try:
             while self._wait_for_work():
                 self._take_inbox()
-                self._give(self._engine.step())
+                self._give(self._engine.step(tell=self._give))
                 self._num_steps += 1
                 self._keep()
         except Exception as error:  # barrier: whatever killed the engine, no client may hang

@@ -260,3 +260,22 @@ def test_a_row_without_finite_logits_ends_alone(answers):
         if 255 not in expected:
             assert mixed[request.request_id].tokens == expected
     assert engine.stats().num_free_pages == engine.stats().num_pages
+
+
+def test_a_first_token_is_told_before_the_decodes_behind_it():
+    engine, early = tiny.make_engine(overlap=False), []
+    engine.submit(tiny.make_request("old", range(5)))
+    engine.step(tell=early.append)
+    assert [one.request_id for (one,) in early] == ["old"], "the first token, and then its decode"
+    engine.submit(tiny.make_request("new", range(20)))
+    engine.submit(tiny.make_request("brief", range(9), max_tokens=1))
+    early.clear()
+    rest = {one.request_id: one for one in engine.step(tell=early.append)}
+    told = {one.request_id: one for part in early for one in part}
+    assert len(early) == 2 and set(told) == {"new", "brief"} and set(rest) == {"old", "new"}
+    assert told["brief"].finish_reason is FinishReason.LENGTH
+    assert len(told["new"].token_ids) == len(rest["new"].token_ids) == 1
+    whole = tiny.run(engine, [])
+    alone = tiny.run(tiny.make_engine(), [tiny.make_request("new", range(20))])["new"]
+    tokens = (*told["new"].token_ids, *rest["new"].token_ids, *whole["new"].tokens)
+    assert tokens == alone.tokens

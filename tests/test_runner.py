@@ -35,7 +35,7 @@ class FakeEngine:
         if self.live.pop(name, None) is not None:
             self.ended.append(Output(name, (), (), "", FinishReason.CANCELLED))
 
-    def step(self):
+    def step(self, *, tell):
         self.gate.wait(10)
         self.steps += 1
         if self.steps == self.fails_at:

@@ -146,7 +146,7 @@ def _time_decode(engine: Engine, active: int, context: int) -> float:
     batch.take_last[:active] = batch.sample[:active] = 1
     packed = pack(batch)
     started = time.perf_counter()
-    output = engine.run_program(Shape("decode", rows, 1), packed)
+    output = engine.device.run(Shape("decode", rows, 1), packed)
     np.asarray(output.tokens)
     return time.perf_counter() - started
 

@@ -13,7 +13,7 @@ import heapq
 import json
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
@@ -278,15 +278,26 @@ class _VirtualEngine:
             self._live[sequence.order] = Timeline(sent_s)
             self.timelines.append(self._live[sequence.order])
 
-    def _dispatch(self, plan: Plan) -> float:
+    def _dispatch(self, plan: Plan) -> tuple[float, ...]:
+        """When each of its parts will be there: a chunk's first token, then the decode."""
         self.num_steps += 1
-        started_s = max(self._now_s, self._device_free_s)
-        self._device_free_s = started_s + self._cost.seconds(work_of(plan, self._config))
-        return self._device_free_s
+        now_s = max(self._now_s, self._device_free_s)
+        work, times_s = work_of(plan, self._config), list[float]()
+        self._device_free_s = now_s + self._cost.seconds(work)
+        context_s = self._cost.prefill_context_s * work.prefill_context / max(1, sum(work.sizes))
+        for chunk in plan.chunks:
+            now_s += self._cost.chunk_s(chunk.size) + context_s * chunk.size
+            times_s += [now_s] * chunk.is_last
+        if plan.decodes or not times_s:
+            return (*times_s, self._device_free_s)
+        return (*times_s[:-1], self._device_free_s)
 
-    def _read(self, plan: Plan, done_s: float) -> Items[int]:
-        self._now_s = max(self._now_s, done_s)
-        return [0] * len(plan.sampled)
+    def _read(self, plan: Plan, times_s: tuple[float, ...]) -> Iterator[Items[int]]:
+        rows = [1] * sum(chunk.is_last for chunk in plan.chunks)
+        rows += [len(plan.decodes)] if plan.decodes or not rows else []
+        for time_s, num_tokens in zip(times_s, rows, strict=True):
+            self._now_s = max(self._now_s, time_s)
+            yield [0] * num_tokens
 
     def _take(self, sampled: Sampled) -> None:
         sequence: Sequence = sampled.sequence

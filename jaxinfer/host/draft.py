@@ -152,6 +152,7 @@ class Draft:
             stored=self._stored(),
             held_up=self._held_up,
             gainers=tuple(self._gainers),
+            is_waited_for=bool(self._standing.served),
         )
 
     def _stored(self) -> tuple[Stored, ...]:

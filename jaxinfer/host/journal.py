@@ -23,7 +23,7 @@ from jaxinfer.host.plain import Record, request_to_plain
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.sequence import Sequence
 
-FORMAT = 1
+FORMAT = 2
 
 
 @runtime_checkable
@@ -65,6 +65,7 @@ class Recorder:
         self._events: list[Any] = []
         self._record: Record = {}
         self._under_way: deque[int] = deque()
+        self._num_read = 0  # tokens of the oldest of them
         self._decodes: list[int] = []
         self._num_pages: dict[int, int] = {}  # order -> pages that records have told
         self._pace = Pace()
@@ -148,10 +149,14 @@ class Recorder:
         self._record["batch"] = zlib.crc32(batch.tobytes(), self._record.get("batch", 0))
 
     def returned(self, plan: Plan, tokens: Items[int], logprobs: np.ndarray | None = None) -> None:
-        """A step has returned."""
-        orders = [one.order for one in plan.sampled]
+        """A step has returned, or the next part of it."""
+        first, self._num_read = self._num_read, self._num_read + len(tokens)
+        orders = [one.order for one in plan.sampled[first : self._num_read]]
         seen = list(tokens) if self._veil is None else self._veil.follow(orders, tokens)
-        got = [self._under_way.popleft(), seen]
+        got: list[Any] = [self._under_way[0], seen]
+        if self._num_read == len(plan.sampled):
+            self._under_way.popleft()
+            self._num_read = 0
         if logprobs is not None:
             got.append(zlib.crc32(logprobs.tobytes()))
         self._record.setdefault("got", []).append(got)
@@ -172,6 +177,7 @@ class Recorder:
         if phase == "dispatch":
             self._record.pop("batch", None)  # how far it got does not matter
         self._under_way.clear()
+        self._num_read = 0
 
     def close(self, *, drained: bool) -> None:
         """The step is over."""

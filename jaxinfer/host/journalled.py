@@ -1,5 +1,6 @@
 """A simulation that keeps a journal, as an engine does: what it did can be run on a real model."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import asdict
 from pathlib import Path
@@ -69,10 +70,10 @@ class Journalled(Simulation):
         self._recorder.booked(plan)
         return super()._dispatch(plan)
 
-    def _read(self, plan: Plan, under_way: UnderWay) -> Items[int]:
-        tokens = super()._read(plan, under_way)
-        self._recorder.returned(plan, tokens)
-        return tokens
+    def _read(self, plan: Plan, under_way: UnderWay) -> Iterator[Items[int]]:
+        for tokens in super()._read(plan, under_way):
+            self._recorder.returned(plan, tokens)
+            yield tokens
 
     def _close(self, sequence: Sequence) -> None:
         super()._close(sequence)

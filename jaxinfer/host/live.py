@@ -97,3 +97,29 @@ class Live:
             num_cached_tokens=sequence.num_cached,
             timings=self.timings,
         )
+
+
+class News:
+    """What requests have got that nobody was told yet."""
+
+    def __init__(self) -> None:
+        self._fresh: dict[str, Live] = {}
+        self._ended: list[Live] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._fresh or self._ended)
+
+    def add(self, live: Live) -> None:
+        """It has got something."""
+        self._fresh[live.request.request_id] = live
+
+    def end(self, live: Live) -> None:
+        """It has ended: what it has got is its last."""
+        self._fresh.pop(live.request.request_id, None)
+        self._ended.append(live)
+
+    def tell(self) -> list[Output]:
+        """All of it, once."""
+        told = [*self._ended, *self._fresh.values()]
+        self._ended, self._fresh = [], {}
+        return [live.output() for live in told]

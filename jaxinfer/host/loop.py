@@ -3,10 +3,12 @@
 step n      |-- device --|
 step n+1        plan, begin, dispatch |-- device --|
 step n                                 read, retire, commit
+
+A step comes back in parts: the first token of a prompt need not wait for the decodes behind it.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -23,7 +25,7 @@ class Sampled(NamedTuple):
 
     sequence: Sequence
     token: int  # negative where the row's logits were not finite
-    place: int  # among the outputs of its step
+    place: int  # among the outputs of its part of the step
     counts: bool  # False where the sequence ended before, or ends now because of this token
 
 
@@ -31,8 +33,9 @@ class Loop(Generic[Handle]):
     """Drives a scheduler; what a step means is up to the callbacks.
 
     `planned` sees every plan before it is booked, `dispatch` starts a step and returns its handle,
-    `read` waits for one and returns its tokens in the order of plan.sampled, and `take` gets each
-    token as soon as it is committed. Where dispatch or read raises, call `restart`.
+    `read` waits for one and gives its tokens in the order of plan.sampled, in parts, each as soon
+    as it is there, `take` gets each token as soon as it is committed, and `told` hears that those
+    of a part are, where another part follows. Where dispatch or read raises, call `restart`.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Loop(Generic[Handle]):
         *,
         overlap: bool,
         dispatch: Callable[[Plan], Handle],
-        read: Callable[[Plan, Handle], Items[int]],
+        read: Callable[[Plan, Handle], Iterable[Items[int]]],
         take: Callable[[Sampled], None],
         planned: Callable[[Plan], None] = lambda plan: None,
+        told: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self.under_way: deque[tuple[Plan, Handle]] = deque()
@@ -53,6 +57,7 @@ class Loop(Generic[Handle]):
         self._read = read
         self._take = take
         self._planned = planned
+        self._told = told
 
     def step(self, *, drain: bool = False) -> None:
         """Dispatches one step, if there is one to run, and takes in the step before it.
@@ -65,7 +70,7 @@ class Loop(Generic[Handle]):
         if not plan.is_empty:
             self.phase = "dispatch"
             self.under_way.append((plan, self._dispatch(plan)))
-        keep = 1 if self._overlap and not plan.is_empty and not drain else 0
+        keep = 1 if self._overlap and not (plan.is_empty or plan.is_waited_for or drain) else 0
         while len(self.under_way) > keep:
             self._finish(*self.under_way.popleft())
 
@@ -76,8 +81,14 @@ class Loop(Generic[Handle]):
 
     def _finish(self, plan: Plan, handle: Handle) -> None:
         self.phase = "read"
-        tokens = self._read(plan, handle)
-        self.scheduler.retire(plan, tokens)
-        for place, (sequence, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
-            counts = self.scheduler.commit(sequence, token)
-            self._take(Sampled(sequence, token, place, counts))
+        sampled, first = plan.sampled, 0
+        for tokens in self._read(plan, handle):
+            self.scheduler.retire(plan, tokens, first)
+            for place, token in enumerate(tokens):
+                sequence = sampled[first + place]
+                counts = self.scheduler.commit(sequence, token)
+                self._take(Sampled(sequence, token, place, counts))
+            first += len(tokens)
+            if first < len(sampled):
+                self._told()
+        assert first == len(sampled), f"{first} of {len(sampled)} tokens came back"

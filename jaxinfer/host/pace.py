@@ -1,5 +1,6 @@
 """How fast an engine is at best: tells a deadline that can be met from one that can't."""
 
+import math
 from collections import deque
 from statistics import median
 from typing import NamedTuple
@@ -24,9 +25,12 @@ class PaceMeter:
         self.pace = Pace()
         self._prefill: deque[float] = deque(maxlen=_WINDOW)
         self._steps: deque[float] = deque(maxlen=_WINDOW)
+        self._returned_s = -math.inf
 
-    def add(self, plan: Plan, seconds: float) -> None:
-        """A step took so long; the pace changes once in a window."""
+    def returned(self, plan: Plan, began_s: float, now_s: float) -> None:
+        """A step has been read; the pace changes once in a window."""
+        seconds = now_s - max(began_s, self._returned_s)
+        self._returned_s = now_s
         tokens = sum(chunk.length for chunk in plan.chunks)
         times = self._prefill if tokens else self._steps
         times.append(seconds / max(1, tokens))

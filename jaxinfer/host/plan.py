@@ -76,6 +76,8 @@ class Plan(NamedTuple):
     stored: tuple[Stored, ...]
     held_up: HeldUp = ""
     gainers: tuple[Sequence, ...] = ()  # for whom each of `preempt` gives way
+    is_waited_for: bool = False
+    """Nothing is planned behind it until it has returned: a tenant may ask that lacks its share."""
 
     @property
     def is_empty(self) -> bool:

@@ -3,6 +3,8 @@
 What is compared is compared here for every kind of replay.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxinfer.errors import JournalRefused
@@ -87,7 +89,10 @@ class Rehearsal:
     def __init__(self, segment: Segment) -> None:
         header = segment.header
         self._is_veiled = header["prompts"] != "keep"
-        self._got = {step: tokens for one in segment.records for step, tokens, *_ in _got(one)}
+        self._got: defaultdict[int, list[list[int]]] = defaultdict(list)  # step -> its parts
+        for record in segment.records:
+            for step, tokens, *_ in _got(record):
+                self._got[step].append(tokens)
         self._ends: dict[tuple[int, int], str] = {}  # (order, its tokens) -> why
         self._fails_at: Phase | None = None
         self._step = 0
@@ -167,12 +172,19 @@ class Rehearsal:
                 self._recorder.packed(self._table.decode(plan.decodes))
         return self._step
 
-    def _read(self, plan: Plan, step: int) -> list[int]:
-        if self._fails_at == "read" and step not in self._got:
+    def _read(self, plan: Plan, step: int) -> Iterator[list[int]]:
+        num_read = 0
+        for tokens in self._got[step]:
+            self._recorder.returned(plan, tokens)
+            yield tokens
+            num_read += len(tokens)
+        if num_read == len(plan.sampled) and self._got[step]:
+            return
+        if self._fails_at == "read":
             raise DeviceFailed
-        tokens = self._got.get(step, [0] * len(plan.sampled))
-        self._recorder.returned(plan, tokens)
-        return tokens
+        rest = [0] * (len(plan.sampled) - num_read)
+        self._recorder.returned(plan, rest)
+        yield rest
 
     def _take(self, sampled: Sampled) -> None:
         sequence = sampled.sequence

@@ -10,7 +10,7 @@ from jaxinfer.host.plain import engine_from_plain, request_from_plain, tuples
 from jaxinfer.host.request import Request
 
 Kind = Literal["submit", "cancel", "time", "step", "drain", "fail", "nan", "flush"]
-Phase = Literal["", "dispatched", "read", "taken"]
+Phase = Literal["", "dispatched", "read", "taken", "part"]
 PHASES: tuple[Phase, ...] = ("", "dispatched", "read", "taken")
 
 
@@ -22,7 +22,8 @@ class Event(NamedTuple):
     time     the clock goes on to `at`
     step     one engine step
     drain    one that leaves nothing under way
-    fail     one whose device call raises, on dispatch or, with phase "read", on reading
+    fail     one whose device call raises, on dispatch or, with phase "read", on reading, or, with
+             phase "part", on reading the last of what returns part by part
     nan      one in which the rows of that request are not finite
     flush    the prefix cache is emptied
     """

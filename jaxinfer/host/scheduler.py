@@ -4,7 +4,7 @@ One engine step runs some prefill chunks and then one decode of every sequence t
 
     plan()                     what to run next, given what is under way
     begin(plan)                books it: slots, pages, stored and pending tokens
-    retire(plan, tokens)       the step has returned: its full pages may be shared
+    retire(plan, tokens)       a part of it has returned: its full pages may be shared
     commit(sequence, token)    a sampled token is known: extends or finishes its sequence
 
 With overlap, plan and begin of step n+1 come before retire and commit of step n.
@@ -121,19 +121,25 @@ class Scheduler:
         self.prefill_debt = self._debt_after(plan)
         self.chunks_under_way += [chunk.sequence.tenant for chunk in plan.chunks]
 
-    def retire(self, plan: Plan, tokens: Items[int]) -> None:
-        """The step has returned with these tokens: what it wrote may be shared from now on.
+    def retire(self, plan: Plan, tokens: Items[int], first: int = 0) -> None:
+        """The step has returned with these tokens, from `first` on of plan.sampled.
 
-        Pages are published once a finite token shows that all before it was finite, so those of a
-        long prompt with its first token.
+        What it wrote may be shared from now on. Pages are published once a finite token shows that
+        all before it was finite, so those of a long prompt with its first token.
         """
-        del self.chunks_under_way[: len(plan.chunks)]
-        broken = [one for one, token in zip(plan.sampled, tokens, strict=True) if token < 0]
+        sampled = plan.sampled[first : first + len(tokens)]
+        is_over = first + len(tokens) == len(plan.sampled)
+        if is_over:
+            del self.chunks_under_way[: len(plan.chunks)]
+        broken = [one for one, token in zip(sampled, tokens, strict=True) if token < 0]
         for sequence, num_stored, num_preemptions in plan.stored:
+            if not (is_over or sequence in sampled):
+                continue
             is_held = sequence.finish_reason is None and sequence.slot is not None
             if is_held and sequence.num_preemptions == num_preemptions and sequence not in broken:
-                sequence.num_written = num_stored
-                if sequence in plan.sampled:
+                is_decode_left = not is_over and sequence in plan.decodes
+                sequence.num_written = num_stored - is_decode_left
+                if sequence in sampled:
                     self._publish(sequence)
 
     def commit(self, sequence: Sequence, token: int) -> bool:

@@ -4,6 +4,7 @@ A scenario is data; what comes of it is a function of it alone. The invariants o
 are checked after every event.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
 from jaxinfer.host import invariants
@@ -13,7 +14,7 @@ from jaxinfer.host.plan import Plan
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.scenario import STEP, Event, Phase, Scenario
 from jaxinfer.host.sequence import Sequence
-from jaxinfer.host.world import UnderWay, World
+from jaxinfer.host.world import Part, UnderWay, World
 
 
 class DeviceFailed(Exception):
@@ -143,6 +144,7 @@ class Simulation(World):
             if self.table is not None
             else plain_rows(plan, eos=self.eos)
         )
+        parts: list[Part] = []
         tokens: list[int] = []
         written: list[tuple[int, int]] = []
         broken = self.live.get(self._event.request) if self._event.kind == "nan" else None
@@ -155,10 +157,15 @@ class Simulation(World):
             if row.is_sampled:
                 tokens.append(token)
             written += self._book_writes(sequence, row)
-        if self._event.kind == "fail" and self._event.phase != "read":
+            if row.is_sampled and row.tokens is not None:  # a last chunk is a part
+                parts.append(Part(tuple(tokens), tuple(written)))
+                tokens, written = [], []
+        if self._event.kind == "fail" and not self._event.phase:
             raise DeviceFailed
         self._interrupt("dispatched")
-        return UnderWay(tuple(tokens), tuple(written), self.num_events)
+        if tokens or written or not parts:
+            parts.append(Part(tuple(tokens), tuple(written)))
+        return UnderWay(tuple(parts), self.num_events)
 
     def _book_writes(self, sequence: Sequence, row: Row) -> list[tuple[int, int]]:
         size, cells = self.device.page_size, self.device.cells
@@ -173,16 +180,20 @@ class Simulation(World):
         held = len(sequence.pages)
         assert list(row.pages[:held]) == sequence.pages, f"{row.pages} is not {sequence.pages}"
 
-    def _read(self, plan: Plan, under_way: UnderWay) -> Items[int]:
+    def _read(self, plan: Plan, under_way: UnderWay) -> Iterator[Items[int]]:
         if self._event.kind == "fail" and self._event.phase == "read":
             raise DeviceFailed
-        for place, cell in self.landed(under_way):
-            self.returned[place] = cell
         for sequence in plan.sampled:
             self.tables[sequence.order] = tuple(sequence.pages)
-        self._interrupt("read")
-        self.note(under_way.tokens)
-        return under_way.tokens
+        for part in under_way.parts:
+            is_last = part is under_way.parts[-1]
+            if self._event.kind == "fail" and self._event.phase == "part" and is_last:
+                raise DeviceFailed
+            for place, cell in self.landed(under_way._replace(parts=(part,))):
+                self.returned[place] = cell
+            self._interrupt("read")
+            self.note(part.tokens)
+            yield part.tokens
 
     def _take(self, sampled: Sampled) -> None:
         """Engine._read and _take: a token goes to its client, and some end their request."""

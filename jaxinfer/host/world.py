@@ -23,11 +23,17 @@ _CONTAINERS = (list, dict, bytearray, deque)
 _SEQUENCE_FIELDS = tuple(field.name for field in dataclasses.fields(Sequence))
 
 
-class UnderWay(NamedTuple):
-    """What is known of a dispatched step when it returns."""
+class Part(NamedTuple):
+    """What returns of a step at once."""
 
     tokens: tuple[int, ...]
     written: tuple[tuple[int, int], ...]  # cell, contents
+
+
+class UnderWay(NamedTuple):
+    """What is known of a dispatched step when it returns."""
+
+    parts: tuple[Part, ...]
     event: int  # that dispatched it
 
 
@@ -109,7 +115,10 @@ class World:
         """What a step has written to pages that have had no new owner since."""
         size, handed_out = self.device.page_size, self.handed_out
         return tuple(
-            (place, cell) for place, cell in step.written if handed_out[place // size] <= step.event
+            (place, cell)
+            for part in step.parts
+            for place, cell in part.written
+            if handed_out[place // size] <= step.event
         )
 
     def note(self, *what: Any) -> None:
@@ -151,7 +160,7 @@ class World:
                     (
                         tuple(one.order for one in plan.sampled),
                         tuple((one.order, end, times) for one, end, times in plan.stored),
-                        handle.tokens,
+                        tuple(part.tokens for part in handle.parts),
                         self.landed(handle),
                     )
                     for plan, handle in self.loop.under_way

@@ -123,10 +123,16 @@ def tell(
     if forgotten_s > story.arrived_s:
         teller.forget(min(forgotten_s, end_s))
     for stretch in stretches:
-        if story.finished_s is None or stretch.end_s <= end_s:
+        if story.finished_s is None or stretch.end_s <= end_s or _ends_within(stretch, story):
             teller.hear(stretch, end_s)
     teller.close(end_s)
     return tuple(teller.told)
+
+
+def _ends_within(stretch: Stretch, story: Story) -> bool:
+    """Whether its first token was its last: it need not wait for the decodes of that step."""
+    is_own = any(part.order == story.order for part in stretch.chunks)
+    return is_own and story.reason not in UNFINISHED
 
 
 class _Teller:

@@ -40,7 +40,7 @@ def plans_of(config, requests, *, steps, late=()):
         scheduler,
         overlap=False,
         dispatch=lambda plan: None,
-        read=lambda plan, handle: [5] * len(plan.sampled),
+        read=lambda plan, handle: [[5] * len(plan.sampled)],
         take=lambda sampled: None,
         planned=planned,
     )

@@ -118,6 +118,20 @@ def test_steps_beside_anothers_prefill_name_it():
     assert num_decodes(timeline.explain("talks")) == 30 - 2
 
 
+def test_who_ends_with_its_first_token_does_not_wait_for_the_decodes_behind_it():
+    engine, timeline = watched(overlap=False)
+    engine.submit(tiny.make_request("talks", [5, 6, 7], max_tokens=30))
+    for _ in range(3):
+        engine.step()
+    engine.submit(tiny.make_request("brief", range(3, 20), max_tokens=1))
+    answers = tiny.run(engine, [])
+    check_all({"brief": answers["brief"]}, timeline)
+    story = timeline.explain("brief")
+    assert kinds(story) == ["queued", "admitted", "prefill", "finished"]
+    ends_s = {name: one.last.timings.finished_s for name, one in answers.items()}
+    assert ends_s["brief"] < ends_s["talks"]
+
+
 def test_who_gives_way_reads_for_whom_and_that_it_came_back():
     engine, timeline = watched()
     answers = tiny.run(engine, tiny.random_requests(12, seed=5, max_prompt=60, max_tokens=60))

@@ -80,7 +80,7 @@ def _choices(world: Simulation, left: _Left) -> list[Event]:
     if left.cancels:
         events += [Event("cancel", index) for index in world.live]
     if left.failures and not world.is_empty:
-        events += [Event("fail"), Event("fail", phase="read")]
+        events += [Event("fail", phase=phase) for phase in ("", "read", "part")]
     if left.nans:
         holders = [index for index, held in world.live.items() if held.slot is not None]
         events += [Event("nan", index) for index in holders]

@@ -169,7 +169,7 @@ MUTANTS = [
     Mutant(
         "published with a NaN under way",
         scheduler,
-        "                if sequence in plan.sampled:\n    ",
+        "                if sequence in sampled:\n    ",
         "                if True:\n    ",
     ),
     Mutant(
@@ -366,8 +366,8 @@ MUTANTS = [
     Mutant(
         "tokens before pages",
         loop,
-        "        self.scheduler.retire(plan, tokens)\n        for place",
-        "        for place",
+        "            self.scheduler.retire(plan, tokens, first)\n            for place",
+        "            for place",
     ),
     Mutant("prefill samples twice", plan, "if chunk.is_last)", ")"),
 ]

@@ -23,7 +23,12 @@ def points(scenario: Scenario) -> Iterator[Scenario]:
     num_more = run(scenario).num_events - len(scenario.events)
     steps = (*scenario.events, *[STEP] * num_more)
     for at in range(len(steps) + 1):
-        for event in (Event("fail"), Event("fail", phase="read"), Event("flush")):
+        for event in (
+            Event("fail"),
+            Event("fail", phase="read"),
+            Event("fail", phase="part"),
+            Event("flush"),
+        ):
             yield _with_event(scenario, steps, at, event)
         for index in range(len(scenario.requests)):
             yield _with_event(scenario, steps, at, Event("nan", index))

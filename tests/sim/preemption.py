@@ -43,7 +43,7 @@ def run(seed: int, *, prefix: bool, at_once: bool) -> Lost:
         scheduler,
         overlap=True,
         dispatch=lambda plan: None,
-        read=lambda plan, handle: [7] * len(plan.sampled),
+        read=lambda plan, handle: [[7] * len(plan.sampled)],
         take=lambda sampled: None,
         planned=plans.append,
     )

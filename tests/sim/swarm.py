@@ -100,7 +100,7 @@ def _events(rng: random.Random, num_requests: int, has: dict[str, bool]) -> tupl
         if has["nan"] and rng.random() < 0.1:
             events.append(Event("nan", index))
         elif has["fail"] and rng.random() < 0.1:
-            events.append(Event("fail", phase=rng.choice(["", "read"])))
+            events.append(Event("fail", phase=rng.choice(["", "read", "part"])))
         else:
             events.append(STEP)
     events += [Event("submit", index) for index in arrivals]

@@ -7,7 +7,7 @@ from tests.sim import universes, work
 
 
 def test_every_order_of_three_requests(workers):
-    found = explore(workers, universes.small(), max_transitions=33_000)
+    found = explore(workers, universes.small(), max_transitions=60_000)
     assert all(one.is_complete for one in found)
     assert sum(one.num_transitions for one in found) > 42_000
     assert max(one.most_preemptions for one in found) > 1
