@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
-from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored, chunk_size
+from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored, chunk_size, worth_a_step
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.tenancy import Standing
 
@@ -14,9 +14,10 @@ from jaxinfer.host.tenancy import Standing
 class Draft:
     """Collects a plan and what it would leave free; only reads what it is given.
 
-    `cached_pages` says which known pages a sequence could begin with, `prefill_debt` is what decode
-    steps have yet to make up for by tenant. Of several tenants those that have their share, by
-    their `standing`, leave room for the others: they wait for what is `under_way` of theirs.
+    `cached_pages` says which known pages a sequence could begin with, `num_soon_cached` how many
+    tokens once the steps under way have returned, `prefill_debt` is what decode steps have yet to
+    make up for by tenant. Of several tenants those that have their share, by their `standing`,
+    leave room for the others: they wait for what is `under_way` of theirs.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Draft:
         slots: Items[Sequence | None],
         *,
         cached_pages: Callable[[Sequence], tuple[int, ...]],
+        num_soon_cached: Callable[[Sequence], int] = lambda sequence: 0,
         prefill_debt: Mapping[str, int],
         under_way: Collection[str] = (),
         standing: Standing,
@@ -33,6 +35,7 @@ class Draft:
         self._config = config
         self._pool = pool
         self._cached_pages = cached_pages
+        self._num_soon_cached = num_soon_cached
         self._prefill_debt = prefill_debt
         self._under_way = under_way
         self._standing = standing
@@ -127,6 +130,9 @@ class Draft:
         self._wake(sequence)
         shared = self._cached_pages(sequence)
         start = len(shared) * self._config.cache.page_size
+        if self._num_soon_cached(sequence) - start >= worth_a_step(self._config):
+            self._held_up = "prefix"
+            return False
         is_idle = self._pool.is_idle
         revived = [page for page in shared if is_idle(page) and page not in self._revived]
         needed = self._pages_for(len(sequence.tokens) + 1) - len(shared) + len(revived)

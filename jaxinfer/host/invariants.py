@@ -5,7 +5,7 @@ Each check recomputes from the outside what the scheduler books on the inside.
 
 from jaxinfer.host.fake_device import EMPTY, NAN
 from jaxinfer.host.loop import Sampled
-from jaxinfer.host.plan import Plan, chunk_size
+from jaxinfer.host.plan import Plan, chunk_size, worth_a_step
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.world import MAX_PREEMPTIONS, World
@@ -320,6 +320,9 @@ def _check_refused(world: World, plan: Plan) -> None:
         return
     shared = scheduler.cached_pages(first)
     left = len(first.tokens) - len(shared) * size
+    num_soon = scheduler.num_soon_cached(first) - len(shared) * size
+    if num_soon >= worth_a_step(config) and world.loop.under_way:
+        return
     chunk = chunk_size(left, config.prefill_chunks)
     if plan.chunks and sum(one.size for one in plan.chunks) + chunk > config.max_prefill_tokens:
         return

@@ -3,12 +3,14 @@
 import functools
 from typing import Literal, NamedTuple
 
+from jaxinfer.config import EngineConfig
 from jaxinfer.host.sequence import Sequence
 
 CHUNK_OVERHEAD = 32  # tokens of prefill that take as long as one more program does
-HeldUp = Literal["", "slot", "pages", "prefill", "step"]
+HeldUp = Literal["", "slot", "pages", "prefill", "step", "prefix"]
 """Why the first in line got no slot: none was free, its pages were not, the step had prefill work
-enough, or a step from before it gave way is still under way. Empty where nobody was left."""
+enough, a step from before it gave way is still under way, or what it shares is still being stored.
+Empty where nobody was left."""
 
 
 class Chunk(NamedTuple):
@@ -19,6 +21,11 @@ class Chunk(NamedTuple):
     length: int
     size: int  # of the program that takes it: length plus padding
     is_last: bool  # the token after it is sampled
+
+
+def worth_a_step(config: EngineConfig) -> int:
+    """Tokens of prefill that cost more than a step of waiting does: a quarter of a full one."""
+    return max(config.prefix_step, config.max_prefill_tokens // 4)
 
 
 def chunk_size(num_left: int, sizes: tuple[int, ...]) -> int:

@@ -87,6 +87,7 @@ class Scheduler:
             self.pool,
             self.slots,
             cached_pages=self.cached_pages,
+            num_soon_cached=self.num_soon_cached,
             prefill_debt=self.prefill_debt,
             under_way=self.chunks_under_way,
             standing=standing,
@@ -265,6 +266,25 @@ class Scheduler:
         pages = self.prefix.match(sequence.tokens, self._digests(sequence))
         num_tokens = min(len(pages) * size, len(sequence.tokens) - 1) // step * step
         return tuple(pages[: num_tokens // size])
+
+    def num_soon_cached(self, sequence: Sequence) -> int:
+        """Tokens that it could begin with once the last chunks under way have returned.
+
+        Whoever stores them publishes them with a first token, which is sampled but not yet known.
+        """
+        if not (self.config.cache.prefix and sequence.request.use_prefix_cache):
+            return 0
+        digests, size, most = self._digests(sequence), self.config.cache.page_size, 0
+        for other in self.running:
+            wrote, num_full = other.request, min(other.num_stored, len(other.tokens)) // size
+            if other.is_prefilling or num_full <= other.num_published:
+                continue
+            if not wrote.use_prefix_cache or wrote.salt != sequence.request.salt:
+                continue
+            both = zip(digests, self._digests(other)[:num_full], strict=False)
+            most = max(most, sum(mine == theirs for mine, theirs in both))
+        num_tokens = min(most * size, len(sequence.tokens) - 1)
+        return num_tokens - num_tokens % self.config.prefix_step
 
     def _admit(self, admission: Admission) -> None:
         sequence, slot, shared = admission

@@ -22,6 +22,7 @@ WHY: dict[HeldUp, str] = {
     "slot": "no slot was free for the first in line",
     "pages": "the first in line had to wait for pages",
     "prefill": "the step had as much prefill work as it may (engine.max_prefill_tokens)",
+    "prefix": "the tokens that it shares were still being stored",
     "step": "a step from before it gave way was still under way",
 }
 MAX_NAMED = 3  # neighbours that a text names

@@ -41,6 +41,7 @@ def small() -> dict[str, Universe]:
     short = config(page_size=4, max_seq_len=24, overlap=False)
     return {
         "long": _universe(config(num_pages=5), long, twin, other, num_cancels=1, num_failures=1),
+        "twins": _universe(config(), long, twin, num_cancels=1, num_failures=1, num_nans=1),
         "three growing": _universe(short, *growing, num_cancels=1),
         "two growing, broken": _universe(short, *growing[:2], num_cancels=1, num_nans=2),
     }
