@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.dims import Leaf
 from jaxinfer.kernels.paged_attention import rounded
+from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.spec import ArraySpec, map_specs
 
 ON_CPU = ("reference", "native")  # backends of attention that run there
@@ -24,16 +25,20 @@ _STORES_BITS = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0,
 class Cache(NamedTuple):
     """All that the device remembers between steps; a step consumes one and returns the next."""
 
-    k: tuple[Leaf, ...]  # L x [K, P, C, H]; in int8 [K, P, C, H + 4], see kernels' `rounded`
+    k: tuple[Leaf, ...]  # L x [K, P, C, H]; int8 pages have scales, see kernels' `rounded`
     v: tuple[Leaf, ...]
     last_tokens: Leaf  # i32 [slots + 1]: each slot's last sampled token; the last entry is trash
 
 
 def spec(model: ModelConfig, engine: EngineConfig) -> Cache:
     """Describes every array of the cache; the pool's last page is the trash page."""
-    width = head_width(model.head_dim, engine)
-    shape = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, width)
-    pages = ArraySpec(shape, ("kv_heads", None, None, None), dtype=page_dtype(engine), init="zeros")
+    size, count = engine.cache.page_size, (model.num_kv_heads, engine.num_pages + 1)
+    width, dtype = head_width(model.head_dim, engine), page_dtype(engine)
+    axes = ("kv_heads", None, None, None)
+    pages: Leaf = ArraySpec((*count, size, width), axes, dtype=dtype, init="zeros")
+    if has_scales_apart(engine):
+        scales = ArraySpec((*count, 1, size), axes, dtype=jnp.float32, init="zeros")
+        pages = Rounded(pages, scales)
     return Cache(
         k=(pages,) * model.num_layers,
         v=(pages,) * model.num_layers,
@@ -48,8 +53,10 @@ def make(model: ModelConfig, engine: EngineConfig) -> Cache:
 
 def bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int:
     """Bytes that one token takes in the pool, over all layers."""
-    width = 2 * model.num_kv_heads * head_width(model.head_dim, engine)
-    return model.num_layers * width * page_dtype(engine).itemsize
+    head = head_width(model.head_dim, engine) * page_dtype(engine).itemsize
+    if has_scales_apart(engine):
+        head += rounded.SCALE_BYTES
+    return 2 * model.num_layers * model.num_kv_heads * head
 
 
 def kept_dtype(engine: EngineConfig) -> str:
@@ -67,24 +74,48 @@ def page_dtype(engine: EngineConfig) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if stores_bits else dtype
 
 
+def has_scales_apart(engine: EngineConfig) -> bool:
+    """Whether int8 pages keep their scales in a pool beside them, as the Pallas kernels need it.
+
+    On a CPU one read brings a token's codes and its scale.
+    """
+    return engine.cache.dtype == "int8" and engine.attention not in ON_CPU
+
+
 def head_width(head_dim: int, engine: EngineConfig) -> int:
-    """Elements of a token and head in a page: in int8 the scale is behind the values.
+    """Elements of a token and head in a page: in int8 on a CPU the scale is behind the codes.
 
     Whole lanes for the TPU's kernel, zeros at the end: XLA:TPU lays a narrower pool out another
     way round, and copies all of it for a kernel.
     """
-    if engine.cache.dtype == "int8":
+    if engine.cache.dtype == "int8" and not has_scales_apart(engine):
         return head_dim + rounded.SCALE_BYTES
     return -(-head_dim // _LANES) * _LANES if engine.attention == "pallas_tpu" else head_dim
 
 
-def to_pages(x: Float[Array, "... H"], pages: Leaf) -> Array:
-    """Rounds the values of heads to what the pages hold."""
+def to_pages(x: Float[Array, "... H"], pages: Leaf) -> Leaf:
+    """Rounds the values of heads to what the pages hold; zeros where a page is wider."""
+    if isinstance(pages, Rounded):
+        codes, scales = rounded.round_heads(x)
+        return Rounded(_widened(codes, pages.codes), scales)
     if pages.dtype == jnp.int8:
         return rounded.pack(x)
     if pages.dtype == jnp.uint16:
         return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(pages.dtype)
+    return _widened(x.astype(pages.dtype), pages)
+
+
+def pool_of(x: Float[Array, "K P C H"], pages: Leaf) -> Leaf:
+    """A pool like `pages` that holds these values."""
+    kept = to_pages(x, pages)
+    if isinstance(kept, Rounded):
+        return kept._replace(scales=jnp.swapaxes(kept.scales, 2, 3))
+    return kept
+
+
+def _widened(kept: Array, pages: Leaf) -> Array:
+    spare = pages.shape[-1] - kept.shape[-1]
+    return jnp.pad(kept, (*((0, 0),) * (kept.ndim - 1), (0, spare))) if spare else kept
 
 
 def reader(engine: EngineConfig) -> Callable[..., Array]:
@@ -101,12 +132,20 @@ def _values(stored: Array) -> Array:
 
 
 def read_bits(cache: Cache, pages: Int[Array, " W"]) -> UInt[Array, "W L2 K C H"]:
-    """What some pages hold, as whole numbers: keys of every layer, then values."""
-    found = jnp.stack(
-        [pool.at[:, pages].get(mode="promise_in_bounds") for pool in (*cache.k, *cache.v)]
-    )
-    kind = jnp.dtype(f"uint{8 * found.dtype.itemsize}")
-    return jnp.moveaxis(lax.bitcast_convert_type(found, kind), 2, 0)
+    """What some pages hold, as whole numbers: keys of every layer, then values.
+
+    Scales that lie apart are behind their codes here.
+    """
+
+    def bits(pool: Leaf) -> Array:
+        if isinstance(pool, Rounded):
+            scales = jnp.swapaxes(pool.scales.at[:, pages].get(mode="promise_in_bounds"), 2, 3)
+            parts = (bits(pool.codes), lax.bitcast_convert_type(scales, jnp.uint8)[..., 0, :])
+            return jnp.concatenate(parts, axis=-1)
+        found = pool.at[:, pages].get(mode="promise_in_bounds")
+        return lax.bitcast_convert_type(found, jnp.dtype(f"uint{8 * found.dtype.itemsize}"))
+
+    return jnp.moveaxis(jnp.stack([bits(pool) for pool in (*cache.k, *cache.v)]), 2, 0)
 
 
 class Places(NamedTuple):
@@ -130,10 +169,24 @@ def places(
     return Places(pages.reshape(-1), (positions % page_size).reshape(-1))
 
 
-def write(pages: Leaf, new: Float[Array, "B T K H"], where: Places) -> Array:
+def write(pages: Leaf, new: Float[Array, "B T K H"], where: Places) -> Leaf:
     """The pool with the tokens of a step in their places; in place when the pool is donated."""
     kept = to_pages(new, pages)
-    spare = pages.shape[-1] - kept.shape[-1]
-    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, spare))) if spare else kept
-    rows = kept.reshape(-1, *kept.shape[2:])
-    return pages.at[:, where.pages, where.offsets].set(jnp.swapaxes(rows, 0, 1))
+    rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, *leaf.shape[2:]), 0, 1), kept)
+    if isinstance(rows, Rounded):
+        return _written_apart(pages, rows, where)
+    return pages.at[:, where.pages, where.offsets].set(rows)
+
+
+def _written_apart(pages: Rounded, rows: Rounded, where: Places) -> Rounded:
+    """The same for codes [K, rows, H] and scales [K, rows, 1] of their own.
+
+    One axis of heads, pages and offsets: for several XLA:TPU lays int8 out another way round, and
+    copies all of the pool there and back.
+    """
+    num_heads, num_pages, page_size, width = pages.codes.shape
+    heads = jnp.arange(num_heads, dtype=jnp.int32)[:, None]
+    index = (heads * num_pages + where.pages) * page_size + where.offsets
+    codes = pages.codes.reshape(-1, width).at[index].set(rows.codes)
+    scales = pages.scales.reshape(-1).at[index].set(rows.scales[..., 0])
+    return Rounded(codes.reshape(pages.codes.shape), scales.reshape(pages.scales.shape))

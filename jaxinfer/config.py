@@ -134,8 +134,9 @@ class EngineConfig:
     attention_tiles: tuple[int, ...] = ()
     """The sizes themselves, before any file: heads, rows (pallas_tpu); keys, split, stages
     (pallas_gpu). [] leaves them to `tiles`, or to the rule."""
-    products: Literal["auto", "native", "xla"] = "auto"
-    """Who multiplies by int8 weights. native: C++ built here, for CPUs with AVX-512 VNNI."""
+    products: Literal["auto", "native", "xla", "pallas_gpu"] = "auto"
+    """Who multiplies. native: C++ built here, for CPUs: int8 (AVX-512 VNNI) and bfloat16 (BF16).
+    pallas_gpu: a kernel for few rows on Hopper GPUs, with the sums of xla."""
     overlap: bool = True
     """Plan and dispatch step n+1 while step n runs."""
     score_chunk: int = 0

@@ -63,7 +63,10 @@ class Settled(NamedTuple):
 
 def settle(model: ModelConfig, engine: EngineConfig, devices: Devices) -> Settled:
     """Decides what `auto` leaves open; raises ConfigError where what was asked for can't be had."""
-    needs = products.Needs(devices[0].platform, len(devices), model.quant != "none")
+    weights = engine.compute_dtype if model.quant == "none" else products.INT8
+    here = str(devices[0].platform)
+    capability = str(devices[0].compute_capability) if here == "gpu" else ""
+    needs = products.Needs(here, len(devices), weights, capability)
     choice = products.choose(engine.products, needs)
     attention = paged_attention.pick(engine.attention, needs_of(model, engine))
     return Settled(replace(engine, products=choice.name, attention=attention), choice.reason)
@@ -84,6 +87,7 @@ def needs_of(model: ModelConfig, engine: EngineConfig) -> paged_attention.Needs:
         head_dim=model.head_dim,
         page_size=engine.cache.page_size,
         block=engine.attention_block,
+        compute_dtype=engine.compute_dtype,
     )
 
 

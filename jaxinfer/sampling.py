@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxinfer import parallel
 from jaxinfer.inputs import Batch, StepOutput
+from jaxinfer.kernels.likeliest import likeliest
 from jaxinfer.parallel import Axis
 
 NUM_CANDIDATES = 64  # looked at first; the whole vocabulary only where these can't decide
@@ -32,16 +33,23 @@ class _Candidates(NamedTuple):
 
 
 def sample(
-    logits: Float[Array, "B V"], batch: Batch, positions: Int[Array, " B"], *, axis: Axis = None
+    logits: Float[Array, "B V"],
+    batch: Batch,
+    positions: Int[Array, " B"],
+    *,
+    axis: Axis = None,
+    is_native: bool = False,
 ) -> StepOutput:
     """Draws the token at `positions` of each row; `axis` is that of V, where it is split.
+
+    Where it `is_native`, native code finds the likeliest tokens: the same ones.
 
     Cuts come in Hugging Face's order: temperature, top_k, top_p of what is left, min_p. Ties go to
     the lowest id. A row whose logits are not finite gets token -1 and changes no other.
     """
     logits = _ban(logits, batch.banned, axis)
     scale = jnp.where(batch.temperature > 0, 1.0 / jnp.maximum(batch.temperature, 1e-6), 1.0)
-    candidates = _likeliest(logits, axis)
+    candidates = _likeliest(logits, axis, is_native)
     totals = log_sum(logits, candidates.logits[:, :1], axis)
     scaled = candidates._replace(logits=candidates.logits * scale[:, None])
     scaled_totals = lax.cond(
@@ -76,10 +84,11 @@ def _ban(logits: Float[Array, "B V"], banned: Int[Array, "B X"], axis: Axis) -> 
     return lax.cond(jnp.any(banned >= 0), without, lambda: logits)
 
 
-def _likeliest(logits: Float[Array, "B V"], axis: Axis) -> _Candidates:
+def _likeliest(logits: Float[Array, "B V"], axis: Axis, is_native: bool) -> _Candidates:
     # The barrier keeps XLA from merging later slices into this one: it would then no longer know
     # the pattern as a top-k, and sort the whole vocabulary (8 ms a row instead of 0.06).
-    found = lax.top_k(logits, min(NUM_CANDIDATES, logits.shape[-1]))
+    find = likeliest if is_native else lax.top_k
+    found = find(logits, min(NUM_CANDIDATES, logits.shape[-1]))
     if axis is not None:
         found = _likeliest_of_all(*found, logits.shape[-1], axis)
     return _Candidates(*lax.optimization_barrier(tuple(found)))

@@ -18,8 +18,8 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.exact import enough_rows, with_rows
 from jaxinfer.inputs import Batch, Scores, StepOutput
 from jaxinfer.kernels import paged_attention
+from jaxinfer.kernels.products import NATIVE
 from jaxinfer.parallel import WHOLE, Split
-from jaxinfer.quant import using
 
 Params = object
 SCORED_AT_ONCE = 32  # positions whose logits are there at once
@@ -38,11 +38,11 @@ def prefill(
 
     The cache is consumed. A chunk in the middle of a prompt has `sample` 0: its token is dropped.
     """
-    params = using(params, engine.products)
+    params = models.using(params, model, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     last = jnp.maximum(batch.lengths - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    out = _sample(params, x, batch, model=model, exact=engine.bits == "exact", split=split)
+    out = _sample(params, x, batch, model=model, engine=engine, split=split)
     kept = jnp.where(batch.sample == 1, batch.slots, engine.num_slots)
     last_tokens = cache.last_tokens.at[kept].set(jnp.maximum(out.tokens, 0))
     return cache._replace(last_tokens=last_tokens), out
@@ -74,7 +74,7 @@ def score(
     split: Split = WHOLE,
 ) -> tuple[Cache, Float[Array, "B T V"]]:
     """Stores a chunk of T tokens a row and returns the logits after each of them."""
-    params = using(params, engine.products)
+    params = models.using(params, model, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     exact = engine.bits == "exact"
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
@@ -95,7 +95,7 @@ def score_targets(
 
     Logits are made for a few positions at a time: those of a whole chunk may not fit.
     """
-    params = using(params, engine.products)
+    params = models.using(params, model, engine.products)
     cache, x = hidden(params, cache, batch, model=model, engine=engine, split=split)
     head = models.module_of(model).head
 
@@ -167,13 +167,15 @@ def _sample(
     batch: Batch,
     *,
     model: ModelConfig,
-    exact: bool,
+    engine: EngineConfig,
     split: Split,
 ) -> StepOutput:
     """The next token of each row, from the activations of its last one."""
+    exact, is_native = engine.bits == "exact", engine.products == NATIVE
     logits = models.module_of(model).head(params, x, config=model, exact=exact)
     rows = len(x)
     count = enough_rows(model.vocab_size, rows) if exact else rows
     logits, many = jax.tree.map(lambda leaf: with_rows(leaf, count), (logits, batch))
-    drawn = sampling.sample(logits, many, many.starts + many.lengths, axis=split.vocab)
+    ends = many.starts + many.lengths
+    drawn = sampling.sample(logits, many, ends, axis=split.vocab, is_native=is_native)
     return jax.tree.map(lambda leaf: leaf[:rows], drawn)

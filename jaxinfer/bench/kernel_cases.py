@@ -15,13 +15,16 @@ from jaxinfer import compile as programs_of
 from jaxinfer.bench.probes import Probes, seconds
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.kernels import paged_attention
+from jaxinfer.kernels.products import PALLAS_GPU, XLA
 from jaxinfer.nn.linear import project
 from jaxinfer.quant import QTensor
 from jaxinfer.quant.leaf import block_of
+from jaxinfer.spec import abstract
 
 COLD_BYTES = 96 * 2**20  # weights that are read in turn, so that no cache keeps them
 LAYERS = 8  # page pools that attention reads in turn
-_ITEMSIZE = {"f32": 4, "bf16": 2, "int8": 1}
+_ITEMSIZE = {"f32": 4, "bf16": 2, "int8": 1, "int8 pallas_gpu": 1}
+_PRODUCTS = {"int8": XLA, "int8 pallas_gpu": PALLAS_GPU}  # who multiplies int8 weights
 Show = Callable[[str, int, int], None]
 
 
@@ -106,7 +109,7 @@ class Attended(NamedTuple):
     """The arguments of attention over several layers' pools in turn."""
 
     q: Array  # [B, T, N, H]
-    pools: tuple[tuple[Array, Array], ...]
+    pools: tuple[tuple[Any, Any], ...]
     table: Array
     starts: Array
     lengths: Array
@@ -129,14 +132,13 @@ def attention(
     engine = fitted(engine, batch, context)
     arguments = attended(model, engine, batch, context, queries=queries, layers=layers)
     program = programs_of.compile_function(through_layers(engine, repeats), *arguments)
-    pool = arguments.pools[0][0]
     seen = context * queries - queries * (queries - 1) // 2  # pairs of query and key, one head
     return Case(
         kernel=f"{engine.attention} {paged.kept_dtype(engine)}",
         size=f"{batch} x {context}" + (f", {queries} queries" if queries > 1 else ""),
         run=lambda: seconds(program, *arguments),
         count=layers * repeats,
-        floor_bytes=2 * batch * context * model.num_kv_heads * pool.shape[-1] * pool.dtype.itemsize,
+        floor_bytes=batch * context * paged.bytes_per_token(model, engine) // model.num_layers,
         flops=4 * batch * seen * model.num_heads * model.head_dim,
     )
 
@@ -159,21 +161,23 @@ def attended(
     layers: int = LAYERS,
 ) -> Attended:
     """Random values, made on the device, in a config that is fitted; pages lie in any order."""
-    leaf = paged.spec(model, engine).k[0]
     keys = jax.random.split(jax.random.key(0), 3)
-    values = jax.random.normal(keys[0], (*leaf.shape[:3], model.head_dim), jnp.float32)
-    stored = paged.to_pages(values, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    spare = leaf.shape[-1] - stored.shape[-1]
-    stored = jnp.pad(stored, ((0, 0), (0, 0), (0, 0), (0, spare)))
+    size = (model.num_kv_heads, engine.num_pages + 1, engine.cache.page_size, model.head_dim)
+    values = jax.random.normal(keys[0], size, jnp.float32)
+    stored = paged.pool_of(values, abstract(paged.spec(model, engine).k[0], engine.compute_dtype))
     q = jax.random.normal(keys[1], (batch, queries, model.num_heads, model.head_dim), jnp.float32)
     table = jax.random.permutation(keys[2], engine.num_pages).astype(jnp.int32)
     return Attended(
         q=q,
-        pools=tuple((stored + 0, stored + 0) for _ in range(layers)),
+        pools=tuple((_copied(stored), _copied(stored)) for _ in range(layers)),
         table=table.reshape(batch, -1),
         starts=jnp.full((batch,), context - queries, jnp.int32),
         lengths=jnp.full((batch,), queries, jnp.int32),
     )
+
+
+def _copied(pool: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf + 0, pool)
 
 
 def through_layers(engine: EngineConfig, repeats: int = 1) -> Callable[..., Array]:
@@ -236,12 +240,13 @@ def matmul(
 
 
 def _weight(precision: str, key: Array, outer: int, inner: int) -> Any:
-    if precision == "int8":
+    if precision in _PRODUCTS:
         return QTensor(
             codes=jax.random.randint(key, (outer, inner), -127, 128, jnp.int8),
             scale=jnp.full((outer,), 0.01, jnp.float32),
             digits=1,
             block=block_of(inner),
+            product=_PRODUCTS[precision],
         )
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[precision]
     return jax.random.normal(key, (outer, inner), dtype)

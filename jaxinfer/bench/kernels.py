@@ -133,6 +133,7 @@ def _attention_cases(
                 head_dim=model.head_dim,
                 page_size=cache.page_size,
                 block=engine.attention_block,
+                compute_dtype=engine.compute_dtype,
             )
             try:
                 paged_attention.choose(name, needs)

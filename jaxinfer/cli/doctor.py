@@ -179,7 +179,7 @@ def _cpu() -> Check:
 
 
 def _native() -> Check:
-    """Kernels in C++, which int8 products take and attention can; XLA's forms do without."""
+    """Kernels in C++, for products and, where it is asked for, attention; XLA does without."""
     name = "native kernels"
     if _version("jax") is None:
         return Check(name, "unknown without jax")

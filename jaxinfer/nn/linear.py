@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfer.config import MIN_ROWS
 from jaxinfer.dims import Leaf
+from jaxinfer.kernels.products import Floats, project_floats
 from jaxinfer.quant import QTensor, Watched, products
 
 
@@ -33,6 +34,8 @@ def project(
         weight = weight.values
     if isinstance(weight, QTensor):
         out = products.project(flat, weight, contract=contract)
+    elif isinstance(weight, Floats):
+        out = project_floats(flat, weight.values.reshape(-1, flat.shape[1]))
     else:
         out = _project(flat, weight, contract=contract, exact=exact)
     out = out.reshape(*lead, *weight.shape[: len(weight.shape) - contract])
@@ -41,7 +44,7 @@ def project(
 
 def embed(table: Leaf, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The rows of `table` for some token ids, in float32."""
-    if isinstance(table, Watched):
+    if isinstance(table, Watched | Floats):
         table = table.values
     if isinstance(table, QTensor):
         return products.embed(table, tokens)

@@ -43,7 +43,9 @@ def project(x: Float[Array, "rows K"], weight: QTensor, *, contract: int) -> Flo
     tokens = round_tokens(rotate(x, weight.block), num_digits=weight.digits)
     flat = tokens.digits.reshape(weight.digits * rows, inner)
     table = weight.codes.reshape(math.prod(outer), inner)
-    whole = _join(_sums(flat, table).reshape(weight.digits, rows, -1))
+    own = kernels.sums_on_gpu(flat, table) if weight.product == kernels.PALLAS_GPU else None
+    whole = _sums(flat, table) if own is None else own
+    whole = _join(whole.reshape(weight.digits, rows, -1))
     return lax.optimization_barrier(whole * tokens.scale * weight.scale.reshape(1, -1))
 
 

@@ -1,11 +1,12 @@
 """Runs cases of paged attention on a CPU: shared by tests of kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxinfer.bench.hardware.cases import Call, Case, make, relative_error
+from jaxinfer.bench.hardware.cases import Call, Case, load_of, make, relative_error
 from jaxinfer.kernels import paged_attention
 from jaxinfer.kernels.paged_attention import Needs
 from tests.kernels import mosaic_gpu
@@ -14,9 +15,10 @@ __all__ = ["Call", "Case", "interpreter", "make", "needs", "relative_error", "ru
 PLACES = {"pallas_tpu": ("tpu", ""), "pallas_gpu": ("gpu", "9.0")}  # else on the CPU itself
 
 
-def run(backend: str, call: Call, case: Case) -> np.ndarray:
+def run(backend: str, call: Call, case: Case, dtype: str = "") -> np.ndarray:
     """What a backend returns, on the CPU; kernels run in their interpreters."""
-    options = {"soft_cap": case.soft_cap} if case.soft_cap else {}
+    options: dict[str, Any] = {"soft_cap": case.soft_cap} if case.soft_cap else {}
+    options |= {"load": load_of(dtype)} if dtype == "int8" else {}
     with interpreter(backend):
         out = paged_attention.backend(backend)(
             *call, block=case.block, window=case.window, **options
@@ -36,4 +38,7 @@ def interpreter(backend: str) -> AbstractContextManager[None]:
 def needs(backend: str, case: Case, dtype: str) -> Needs:
     """The needs of a case, on the hardware that the backend is for."""
     platform, capability = PLACES.get(backend, ("cpu", ""))
-    return Needs(platform, capability, dtype, case.head_dim, case.page_size, case.block)
+    compute_dtype = "bfloat16" if dtype == "int8" else dtype
+    return Needs(
+        platform, capability, dtype, case.head_dim, case.page_size, case.block, compute_dtype
+    )

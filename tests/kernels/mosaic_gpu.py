@@ -61,7 +61,7 @@ def _wgmma(
     b = read(b_allocation_key_as_array, b_transforms)
     key = gpu_callbacks.HostAllocationKey.from_array(acc_allocation_key_as_array)
     acc = read(acc_allocation_key_as_array, acc_transforms)
-    product = np.matmul(a.astype(np.float32), b.astype(np.float32), dtype=acc_dtype)
+    product = np.matmul(a.astype(acc_dtype), b.astype(acc_dtype))
     memory.store_buffer_content(key, (), acc + product, thread, logging_info=logging)
     return token
 

@@ -15,6 +15,7 @@ from tests import tiny
 TPU = Needs("tpu", "", "bfloat16", head_dim=128, page_size=16, block=128)
 CPU = TPU._replace(platform="cpu")
 H200 = TPU._replace(platform="gpu", capability="9.0")
+INT8 = {"dtype": "int8", "compute_dtype": "bfloat16"}
 REFUSED = {
     "a TPU kernel on a CPU": ("pallas_tpu", CPU, "needs a TPU, and this is a cpu"),
     "native code on a TPU": ("native", TPU, "is for CPUs, and this is a tpu"),
@@ -25,8 +26,26 @@ REFUSED = {
     "huge blocks on a TPU": ("pallas_tpu", TPU._replace(block=2**15), "attention_block = 32768"),
     "a GPU kernel on a CPU": ("pallas_gpu", CPU, "needs a GPU, and this is a cpu"),
     "an older GPU": ("pallas_gpu", H200._replace(capability="8.0"), "compute capability is 8.0"),
-    "int8 pages on a TPU": ("pallas_tpu", TPU._replace(dtype="int8"), "not of int8"),
-    "int8 pages on a GPU": ("pallas_gpu", H200._replace(dtype="int8"), "not of int8"),
+    "small int8 pages on a TPU": (
+        "pallas_tpu",
+        TPU._replace(**INT8),
+        "multiple of 128 tokens, not of 16: set engine.cache.page_size to 128",
+    ),
+    "small int8 pages on a GPU": (
+        "pallas_gpu",
+        H200._replace(**INT8),
+        "multiple of 32 tokens, not of 16: set engine.cache.page_size to 32 or 64",
+    ),
+    "int8 pages in float32 on a GPU": (
+        "pallas_gpu",
+        H200._replace(**INT8 | {"page_size": 64, "compute_dtype": "float32"}),
+        "engine.compute_dtype is float32",
+    ),
+    "int8 pages in float16 on a TPU": (
+        "pallas_tpu",
+        TPU._replace(**INT8 | {"page_size": 128, "compute_dtype": "float16"}),
+        "engine.compute_dtype is float16",
+    ),
     "float32 on a GPU": ("pallas_gpu", H200._replace(dtype="float32"), "not of float32"),
     "heads of 80 on a GPU": ("pallas_gpu", H200._replace(head_dim=80), "multiple of 64, not of 80"),
     "huge heads on a GPU": ("pallas_gpu", H200._replace(head_dim=512), "hold heads of 512"),
@@ -47,7 +66,15 @@ def test_what_was_asked_for_and_cannot_serve_is_refused(case):
         choose(name, needs)
 
 
-@pytest.mark.parametrize(("name", "needs"), [("pallas_tpu", TPU), ("pallas_gpu", H200)])
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("pallas_tpu", TPU),
+        ("pallas_gpu", H200),
+        ("pallas_tpu", TPU._replace(**INT8 | {"page_size": 128})),
+        ("pallas_gpu", H200._replace(**INT8 | {"page_size": 32})),
+    ],
+)
 def test_what_was_asked_for_and_can_serve_is_taken(name, needs):
     assert choose(name, needs) == name
     assert choose("reference", needs) == "reference"

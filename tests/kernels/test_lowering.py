@@ -1,5 +1,6 @@
 """Every program of an engine, lowered on this machine for the hardware that the kernels are for."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,18 +13,26 @@ import pytest
 from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
 from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.kernels.paged_attention.rounded import Rounded
+from jaxinfer.spec import abstract
 from tests import tiny
 
 MODEL = replace(tiny.MODEL, head_dim=64)
 CALLS = {"pallas_gpu": ("cuda", "mosaic_gpu_v2"), "pallas_tpu": ("tpu", "tpu_custom_call")}
 FEW = {"decode_rows": (8,), "prefill_chunks": (64,)}
 MANY = {"prefill_chunks": (32, 128), "decode_rows": (1, 8), "score_chunk": 32}
+INT8 = {
+    name: {"cache": CacheConfig(page_size=size, num_pages=100, dtype="int8")}
+    for name, size in (("pallas_gpu", 32), ("pallas_tpu", 128))
+}
+PAGES = ("auto", "int8")
 
 
 def engine(attention: str, **changes: Any) -> EngineConfig:
     cache = CacheConfig(page_size=16, num_pages=100)
     plain = {"max_seq_len": 1024, "attention": attention, "cache": cache, "num_slots": 8}
-    return EngineConfig(**(plain | changes))
+    there = {"products": "xla"}  # `auto` asks what this machine can do
+    return EngineConfig(**(plain | there | changes))
 
 
 def lowered(model: ModelConfig, config: EngineConfig, platform: str) -> dict[str, str]:
@@ -37,10 +46,29 @@ def lowered(model: ModelConfig, config: EngineConfig, platform: str) -> dict[str
     }
 
 
-def pool_type(config: EngineConfig) -> str:
-    """How a pool of pages is written in a program."""
-    shape = paged.spec(MODEL, config).k[0].shape
-    return f"tensor<{'x'.join(map(str, shape))}xbf16>"
+def pages_of(attention: str, pages: str) -> dict[str, Any]:
+    """Settings of an engine whose kernel reads such pages."""
+    return INT8[attention] if pages == "int8" else {}
+
+
+def pool_types(config: EngineConfig) -> list[tuple[str, str]]:
+    """How the parts of a pool of pages are written in a program: as they are, and as rows.
+
+    Parts of int8 pages are written to as rows.
+    """
+    pool = abstract(paged.spec(MODEL, config).k[0], config.compute_dtype)
+    if not isinstance(pool, Rounded):
+        return [(written(pool.shape, "bf16"), "")]
+    width, (codes, scales) = pool.codes.shape[-1], (leaf.shape for leaf in pool)
+    rows = math.prod(scales)
+    return [
+        (written(codes, "i8"), written((rows, width), "i8")),
+        (written(scales, "f32"), written((rows,), "f32")),
+    ]
+
+
+def written(shape: tuple[int, ...], dtype: str) -> str:
+    return f"tensor<{'x'.join(map(str, shape))}x{dtype}>"
 
 
 def makers(text: str, kind: str) -> Counter[str]:
@@ -51,15 +79,18 @@ def makers(text: str, kind: str) -> Counter[str]:
     return Counter([*results, *["region"] * len(ended)])
 
 
+@pytest.mark.parametrize("pages", PAGES)
 @pytest.mark.parametrize("attention", CALLS)
-def test_a_step_calls_the_kernel_and_copies_no_pool(attention):
-    check_steps(replace(MODEL, num_layers=1), engine(attention, **FEW))
+def test_a_step_calls_the_kernel_and_copies_no_pool(attention, pages):
+    config = engine(attention, **FEW, **pages_of(attention, pages))
+    check_steps(replace(MODEL, num_layers=1), config)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("pages", PAGES)
 @pytest.mark.parametrize("attention", CALLS)
-def test_every_step_calls_the_kernel_once_a_layer_and_copies_no_pool(attention):
-    check_steps(MODEL, engine(attention, **MANY))
+def test_every_step_calls_the_kernel_once_a_layer_and_copies_no_pool(attention, pages):
+    check_steps(MODEL, engine(attention, **MANY, **pages_of(attention, pages)))
 
 
 def check_steps(model: ModelConfig, config: EngineConfig) -> None:
@@ -70,10 +101,14 @@ def check_steps(model: ModelConfig, config: EngineConfig) -> None:
         assert text.count(f"@{call}(") == model.num_layers, name
         main = next(line for line in text.splitlines() if "@main(" in line)
         donated = [part for part in main.split("%arg") if "tf.aliasing_output" in part]
-        assert sum(pool_type(config) in part for part in donated) == 2 * model.num_layers
         # A pool comes out of the write of new tokens, once a layer for keys and once for values.
-        assert makers(text, pool_type(config)) == {"region": 2 * model.num_layers}, name
-        assert text.count('"stablehlo.scatter"') >= 2 * model.num_layers
+        once = 2 * model.num_layers
+        for pool, rows in pool_types(config):
+            assert sum(pool in part for part in donated) == once
+            reshaped = {"stablehlo.reshape": once}  # which moves nothing
+            assert makers(text, pool) == (reshaped if rows else {"region": once}), name
+            assert not rows or makers(text, rows) == {"region": once} | reshaped, name
+        assert text.count('"stablehlo.scatter"') >= once * len(pool_types(config))
 
 
 def test_a_copied_pool_would_be_seen():
@@ -82,14 +117,17 @@ def test_a_copied_pool_would_be_seen():
 
     kind = jax.ShapeDtypeStruct((2, 101, 16, 64), jnp.bfloat16)
     text = jax.jit(copies).trace(kind).lower(lowering_platforms=("cuda",)).as_text()
-    assert sum(makers(text, pool_type(engine("pallas_gpu"))).values()) >= 1
+    [(pool, _)] = pool_types(engine("pallas_gpu"))
+    assert sum(makers(text, pool).values()) >= 1
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("pages", PAGES)
 @pytest.mark.parametrize("attention", CALLS)
-def test_every_program_of_an_engine_lowers(attention):
+def test_every_program_of_an_engine_lowers(attention, pages):
     platform, call = CALLS[attention]
-    for config in (engine(attention, **MANY), engine("reference", **MANY)):
+    settings = MANY | pages_of(attention, pages)
+    for config in (engine(attention, **settings), engine("reference", **settings)):
         texts = lowered(MODEL, config, platform)
         steps = [name for name in texts if name.startswith(("prefill", "decode", "score"))]
         assert len(steps) == 5

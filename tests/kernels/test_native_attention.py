@@ -53,6 +53,28 @@ def test_a_querys_bits_are_the_same_however_a_prompt_is_cut(window):
             assert found[0, :count].tobytes() == whole[1, first : first + count].tobytes()
 
 
+def test_rows_that_share_pages_get_the_bits_that_each_gets_alone():
+    """Some share three blocks of 64, some one, some end in what they share, one is inert."""
+    ends = (250, 230, 192, 191, 70, 64, 240, 0, 255, 199, 130)
+    case = Case(tuple((end, int(end > 0)) for end in ends), 2, 3, **WIDE)
+    call, _ = make(case, "bfloat16", poison=0.0)
+    table = np.array(call.page_table)
+    for row, num_shared in {1: 12, 2: 12, 3: 11, 4: 4, 5: 4, 8: 13, 9: 8, 10: 8}.items():
+        table[row, :num_shared] = table[0, :num_shared]
+    call = call._replace(page_table=jnp.asarray(table))
+    together = run("native", call, case)
+    for row in range(len(ends)):
+        own = (slice(row, row + 1),)
+        alone = call._replace(
+            q=call.q[own],
+            page_table=call.page_table[own],
+            starts=call.starts[own],
+            lengths=call.lengths[own],
+        )
+        assert run("native", alone, case).tobytes() == together[row].tobytes(), ends[row]
+    assert (together[np.array(ends) > 0] != 0).any(axis=(1, 2, 3)).all()
+
+
 def test_pages_in_int8_are_what_their_codes_stand_for():
     case = Case(((0, 5), (60, 17), (12, 0), (100, 1), (191, 1)), **WIDE)
     call, expected = make(case, "float32")

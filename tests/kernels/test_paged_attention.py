@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.bench.hardware.cases import CASES, COMPANY, DECODE, LIMIT, MIXED
+from jaxinfer.bench.hardware.cases import CASES, COMPANY, DECODE, LIMIT, MIXED, prepared
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
 from tests.kernels.attention import Case, make, needs, relative_error, run
@@ -34,12 +34,12 @@ def check(backend: str, case: Case, dtype: str, *, poison: float = np.nan) -> No
     attend = paged_attention.backend(backend)
     if case.soft_cap and "soft_cap" not in inspect.signature(attend).parameters:
         pytest.skip(f"{backend} has no soft cap")
+    case, call, expected = prepared(backend, case, dtype, poison=poison)
     try:
         paged_attention.choose(backend, needs(backend, case, dtype))
     except ConfigError as refused:
         pytest.skip(str(refused))
-    call, expected = make(case, dtype, poison=poison)
-    assert relative_error(run(backend, call, case), expected) < LIMIT[dtype]
+    assert relative_error(run(backend, call, case, dtype), expected) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,8 @@ def test_the_reference_matches_float64_whatever_free_pages_hold(dtype, case):
         ("pallas_tpu", "decode", "bfloat16"),
         ("pallas_tpu", "mixed", "float32"),
         ("pallas_gpu", "mixed", "bfloat16"),
+        ("pallas_tpu", "mixed", "int8"),
+        ("pallas_gpu", "mixed", "int8"),
     ],
 )
 def test_a_backend_matches_float64_whatever_free_pages_hold(backend, case, dtype):
@@ -89,12 +91,14 @@ def test_pages_on_a_tpu_may_be_wider_than_heads(dtype):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("backend", paged_attention.BACKENDS)
-def test_the_bits_of_a_row_do_not_depend_on_its_company(backend):
-    case = COMPANY
-    call, _ = make(case, "bfloat16")
-    together = run(backend, call, case)
+def test_the_bits_of_a_row_do_not_depend_on_its_company(backend, dtype):
+    case, call, _ = prepared(backend, COMPANY, dtype)
+    together = run(backend, call, case, dtype)
     order = [6, 2, 3, 0, 5, 1, 7, 4]
-    np.testing.assert_array_equal(run(backend, call.of_rows(order), case), together[order])
+    moved = run(backend, call.of_rows(order), case, dtype)
+    np.testing.assert_array_equal(moved, together[order])
     if backend != "reference":  # which needs eight rows on a CPU
-        np.testing.assert_array_equal(run(backend, call.of_rows([2]), case), together[[2]])
+        alone = run(backend, call.of_rows([2]), case, dtype)
+        np.testing.assert_array_equal(alone, together[[2]])

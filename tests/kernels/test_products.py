@@ -31,7 +31,7 @@ from tests.test_quantised import MODEL, quantised
 ROOT = Path(__file__).parents[2]
 ROWS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 128, 512)
 SHAPES = [(576, 960), (1536, 576), (64, 12), (64, 13), (260, 100), (48, 17), (7, 5), (1, 3)]
-HERE = kernels.Needs("cpu", num_devices=1, is_quantised=True)
+HERE = kernels.Needs("cpu", num_devices=1, weights="int8")
 needs_native = pytest.mark.skipif(
     bool(native.refusal()), reason=f"no native kernels: {native.refusal()}"
 )
@@ -175,12 +175,24 @@ def test_a_stored_program_is_one_of_this_code(monkeypatch):
     assert key("native") != before
 
 
+def test_bfloat16_is_native_where_the_processor_has_it(monkeypatch):
+    floats = HERE._replace(weights="bfloat16")
+    monkeypatch.setattr(native, "refusal", lambda: "")
+    monkeypatch.setattr(native, "_cpu_flags", lambda: {*native.NEEDED, "avx512_bf16"})
+    assert kernels.choose("auto", floats) == ("native", "")
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(native.NEEDED))
+    assert kernels.choose("auto", floats) == ("xla", "this processor has no avx512_bf16")
+    assert kernels.choose("auto", HERE) == ("native", "")
+    with pytest.raises(ConfigError, match="no avx512_bf16"):
+        kernels.choose("native", floats)
+
+
 def test_who_multiplies_is_chosen_by_what_can(monkeypatch):
     monkeypatch.setattr(native, "refusal", lambda: "")
     assert kernels.choose("auto", HERE) == ("native", "")
     assert kernels.choose("native", HERE) == ("native", "")
     assert kernels.choose("xla", HERE) == ("xla", "")
-    assert kernels.choose("native", HERE._replace(is_quantised=False)) == ("xla", "")
+    assert kernels.choose("native", HERE._replace(weights="float32")) == ("xla", "")
     for needs, reason in (
         (HERE._replace(platform="gpu"), "this is a gpu"),
         (HERE._replace(num_devices=2), "2 devices share"),

@@ -29,10 +29,12 @@ def chip(request: Any) -> jax.sharding.SingleDeviceSharding:
     return jax.sharding.SingleDeviceSharding(found.devices[0])
 
 
+@pytest.mark.parametrize("kept", ["auto", "int8"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_program_compiles_for_a_tpu_and_updates_the_pool_in_place(chip, head_dim):
+def test_every_program_compiles_for_a_tpu_and_updates_the_pool_in_place(chip, head_dim, kept):
     # A pool that does not fit VMEM, where the compiler would move a small one to.
-    pages = CacheConfig(page_size=16, num_pages=2**19 // head_dim)
+    size = 128 if kept == "int8" else 16
+    pages = CacheConfig(page_size=size, num_pages=2**23 // head_dim // size, dtype=kept)
     config = engine("pallas_tpu", **PROGRAMS, cache=pages)
     model = replace(MODEL, head_dim=head_dim)
     for recipe in programs_of._every_recipe(model, config):

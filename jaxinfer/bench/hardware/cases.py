@@ -1,11 +1,17 @@
 """Cases of paged attention, and what comes out of them in float64: for tests and for devices."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-LIMIT = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+from jaxinfer import cache as paged
+from jaxinfer.kernels.paged_attention import rounded
+from jaxinfer.kernels.paged_attention.rounded import Rounded
+
+LIMIT = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2, "int8": 2e-2}
 """Relative errors that are allowed, by the dtype of pages."""
 
 
@@ -22,6 +28,14 @@ class Case(NamedTuple):
     block: int = 64
     longest: int = 192
 
+    def for_int8(self, backend: str) -> "Case":
+        """With pages as large as a backend needs them in int8."""
+        size = max(self.page_size, _INT8_PAGES.get(backend, 0))
+        block = max(self.block, size)
+        return self._replace(page_size=size, block=block, longest=-(-self.longest // block) * block)
+
+
+_INT8_PAGES = {"pallas_gpu": 32, "pallas_tpu": 128}
 
 # Lengths of 0 and 1, both sides of page and block edges, a full row; a chunk beside decodes.
 DECODE = Case(((0, 1), (7, 1), (8, 1), (0, 0), (63, 1), (64, 1), (191, 1)))
@@ -42,6 +56,9 @@ CASES = {
     "prefill of head size 256": Case(((60, 50),), 1, 2, head_dim=256),
     "pages of 16": Case(((0, 1), (15, 1), (16, 1), (120, 3)), page_size=16, block=128, longest=384),
     "pages of 64": Case(((0, 1), (63, 1), (64, 1), (120, 3)), page_size=64),
+    "edges of wide pages": Case(
+        ((31, 1), (32, 1), (127, 1), (128, 1), (0, 0), (255, 1), (95, 2)), page_size=32, longest=256
+    ),
     "long": Case(((1023, 1), (512, 1), (511, 1), (3, 1)), 1, 2, longest=1024),
     "window of one": Case(((50, 4), (0, 2)), 1, 2, window=1),
     "window of a block": Case(((127, 1), (128, 1), (180, 4)), 1, 2, window=64),
@@ -68,6 +85,50 @@ class Call(NamedTuple):
             leaf[np.array(rows)] for leaf in (self.q, self.page_table, self.starts, self.lengths)
         )
         return Call(q, self.k_pages, self.v_pages, table, starts, lengths)
+
+
+def prepared(
+    backend: str, case: Case, dtype: str, *, poison: float = np.nan
+) -> tuple[Case, Call, np.ndarray]:
+    """A case as a backend can have it over pages of a dtype, its call, and what that returns."""
+    if dtype != "int8":
+        return case, *make(case, dtype, poison=poison)
+    case = case.for_int8(backend)
+    return case, *make_int8(backend, case, poison=poison)
+
+
+def load_of(dtype: str) -> Callable[..., Any]:
+    """What reads pages of this dtype: `load` of paged attention."""
+    if dtype == "int8":
+        return partial(rounded.unpack, dtype=jnp.bfloat16)
+    return lambda stored: stored
+
+
+def make_int8(backend: str, case: Case, *, poison: float = np.nan) -> tuple[Call, np.ndarray]:
+    """The same over int8 pages as a backend reads them; right is what their codes stand for.
+
+    What no row owns has scales that are poison.
+    """
+    call, _ = make(case, "float32", poison=poison)
+    pools = [rounded.round_heads(pool) for pool in (call.k_pages, call.v_pages)]
+    with np.errstate(invalid="ignore"):  # no code times an infinite scale
+        values = [np.asarray(pool.codes, np.float64) * np.asarray(pool.scales) for pool in pools]
+    k, v = (_of_rows(pool, call, case) for pool in values)
+    q = call.q.astype(jnp.bfloat16).astype(jnp.float32)
+    if backend in paged.ON_CPU:
+        pages = [rounded.pack(pool) for pool in (call.k_pages, call.v_pages)]
+    else:
+        pages = [Rounded(pool.codes, jnp.swapaxes(pool.scales, 2, 3)) for pool in pools]
+    call = call._replace(q=q, k_pages=pages[0], v_pages=pages[1])
+    starts, lengths = np.asarray(call.starts), np.asarray(call.lengths)
+    return call, dense(np.asarray(q, np.float64), k, v, case, starts, lengths)
+
+
+def _of_rows(pool: np.ndarray, call: Call, case: Case) -> np.ndarray:
+    """What each row's pages hold, in order: [B, S, K, H]."""
+    table = np.asarray(call.page_table)
+    found = pool[:, table].reshape(pool.shape[0], len(table), case.longest, pool.shape[-1])
+    return np.moveaxis(found, 0, 2)
 
 
 def make(case: Case, dtype: str, *, poison: float = np.nan) -> tuple[Call, np.ndarray]:

@@ -8,7 +8,16 @@ import jax
 import numpy as np
 
 from jaxinfer import compile as programs_of
-from jaxinfer.bench.hardware.cases import CASES, COMPANY, LIMIT, Call, Case, make, relative_error
+from jaxinfer.bench.hardware.cases import (
+    CASES,
+    COMPANY,
+    LIMIT,
+    Call,
+    Case,
+    load_of,
+    prepared,
+    relative_error,
+)
 from jaxinfer.bench.hardware.part import Part
 from jaxinfer.kernels import paged_attention
 
@@ -67,14 +76,19 @@ def _run(
     part: Part, backend: str, dtype: str, case: Case, what: str
 ) -> tuple[np.ndarray, np.ndarray, Callable[[list[int]], np.ndarray]] | None:
     """What comes out, what should, and the way to run some of the rows."""
+    case, call, expected = prepared(backend, case, dtype)
     needs = paged_attention.needs_here(
-        dtype=dtype, head_dim=case.head_dim, page_size=case.page_size, block=case.block
+        dtype=dtype,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        block=case.block,
+        compute_dtype="bfloat16" if dtype == "int8" else dtype,
     )
     place = part.kernel(backend, needs)
     if place is None:
         return None
-    call, expected = make(case, dtype)
     options = {"soft_cap": case.soft_cap} if case.soft_cap else {}
+    options |= {"load": load_of(dtype)} if dtype == "int8" else {}
     attend = partial(
         paged_attention.backend(backend), block=case.block, window=case.window, **options
     )

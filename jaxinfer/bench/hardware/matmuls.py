@@ -2,12 +2,17 @@
 
 from statistics import median
 
+import jax
+
 from jaxinfer.bench import kernel_cases
 from jaxinfer.bench.hardware.device import product
 from jaxinfer.bench.hardware.part import Part
 from jaxinfer.bench.probes import Probes
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import products
 
 _PRECISIONS = ("bf16", "int8")
+_BY_KERNEL = "int8 pallas_gpu"
 
 
 def measure(part: Part) -> None:
@@ -15,6 +20,7 @@ def measure(part: Part) -> None:
     sizes, probes = part.sizes, Probes(part.sizes.probe_bytes)
     run, flops = product(sizes.peak_side, "bfloat16")
     run()
+    precisions = _precisions(part)
     for rows in sizes.matmul_rows:
         for outer, inner in sizes.matmul_shapes:
             what = f"{rows} x {inner} x {outer}"
@@ -32,7 +38,7 @@ def measure(part: Part) -> None:
                         )
                     ),
                 )
-                for precision in _PRECISIONS
+                for precision in precisions
             ]
             cases = [case for case in built if case is not None]
             found = part.attempt(
@@ -55,6 +61,19 @@ def measure(part: Part) -> None:
                     of_bf16_peak=1e9 * timing.gflops / top,
                     copy_gb_per_s=median(found.copies) / 1e9,
                 )
+
+
+def _precisions(part: Part) -> tuple[str, ...]:
+    """Those that can be had here."""
+    device = jax.devices()[0]
+    here = str(device.platform)
+    capability = str(device.compute_capability) if here == "gpu" else ""
+    try:
+        products.choose(products.PALLAS_GPU, products.Needs(here, 1, products.INT8, capability))
+    except ConfigError as error:
+        part.skip(_BY_KERNEL, str(error))
+        return _PRECISIONS
+    return (*_PRECISIONS, _BY_KERNEL)
 
 
 def _ready(case: kernel_cases.Case) -> kernel_cases.Case:

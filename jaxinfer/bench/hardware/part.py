@@ -137,6 +137,7 @@ def needs_of(engine: EngineConfig, *, head_dim: int) -> Needs:
         head_dim=head_dim,
         page_size=engine.cache.page_size,
         block=engine.attention_block,
+        compute_dtype=engine.compute_dtype,
     )
 
 

@@ -162,7 +162,7 @@ REAL = Sizes(
     cold_bytes=2**29,
     moved_bytes=2**33,
     cases=(),
-    dtypes=("bfloat16", "float16", "float32"),
+    dtypes=("bfloat16", "float16", "float32", "int8"),
     heads=LLAMA_8B,
     loads=(
         Load(16, 2048),
@@ -195,7 +195,7 @@ TINY = Sizes(
     cold_bytes=2**10,
     moved_bytes=2**16,
     cases=("decode of one head",),
-    dtypes=("bfloat16",),
+    dtypes=("bfloat16", "int8"),
     heads=TOY,
     loads=(Load(2, 40, page_size=16),),
     matmul_shapes=((128, 64),),

@@ -149,7 +149,9 @@ def _entry(
     group = model.num_heads // model.num_kv_heads
     longest = max(load.context for load in loads)
     rule = {
-        "pallas_gpu": lambda: tiles.gpu_tiles(longest, model.head_dim, block=needs.block),
+        "pallas_gpu": lambda: tiles.gpu_tiles(
+            longest, model.head_dim, block=needs.block, dtype=needs.dtype
+        ),
         "pallas_tpu": lambda: tiles.tpu_tiles(
             group * longest,
             model.num_kv_heads,

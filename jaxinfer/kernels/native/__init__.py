@@ -25,7 +25,7 @@ from jaxinfer.config import cache_dir
 from jaxinfer.errors import ConfigError
 
 NATIVE = "native"  # what settings call these kernels
-HANDLERS = ("product", "attention")
+HANDLERS = ("product", "float_product", "attention", "likeliest")
 """Functions jaxinfer_NAME of the library, each a custom call."""
 COMPILERS = ("c++", "g++", "clang++")
 NEEDED = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
@@ -34,6 +34,8 @@ FLAGS = (
     *("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"),
     "-ffp-contract=off",  # a sum and a product that are rounded once in one place, twice in another
 )
+OPTIONS = {"avx512_bf16": "-mavx512bf16"}
+"""What some kernels need besides, where the processor has it."""
 BUILD_S = 300.0
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ def library() -> Library:
     return found
 
 
+def lacks(feature: str) -> str:
+    """Why a kernel that needs one of OPTIONS can't be had; "" where it can."""
+    return refusal() or ("" if feature in _cpu_flags() else f"this processor has no {feature}")
+
+
 def identity(name: str) -> str:
     """What a program that uses `name` depends on: for native code, which."""
     return f"{name} {library().digest}" if name == NATIVE else name
@@ -90,7 +97,7 @@ def plan() -> Plan | str:
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"{compiler} does not work: {error}"
-    whole = hashlib.sha256("\0".join((version, *FLAGS, *NEEDED)).encode())
+    whole = hashlib.sha256("\0".join((version, *_flags(), *NEEDED)).encode())
     for path in (*_sources(".h"), *_sources(".cc"), *sorted(_headers().rglob("*.h"))):
         whole.update(path.name.encode() + b"\0" + path.read_bytes())
     digest = whole.hexdigest()[:16]
@@ -126,7 +133,7 @@ def _build(wanted: Plan) -> None:
     os.close(descriptor)
     here = Path(__file__).parent.parent
     includes = [f"-I{here}", f"-I{_headers()}"]
-    command = [wanted.compiler, *FLAGS, *includes, *map(str, _sources(".cc")), "-o", name]
+    command = [wanted.compiler, *_flags(), *includes, *map(str, _sources(".cc")), "-o", name]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_S)
         os.chmod(name, 0o700)
@@ -134,6 +141,11 @@ def _build(wanted: Plan) -> None:
     finally:
         Path(name).unlink(missing_ok=True)
     log.info("native kernels: %s, built in %.1f s", wanted.path, time.monotonic() - started)
+
+
+def _flags() -> list[str]:
+    found = _cpu_flags()
+    return [*FLAGS, *(flag for feature, flag in OPTIONS.items() if feature in found)]
 
 
 def _sources(suffix: str) -> list[Path]:

@@ -2,17 +2,17 @@
 //
 // A piece of work is one kv head of one row, and some of the row's tokens: keys and values are
 // read from their pages 64 at a time, made float32, and multiplied with all queries of the piece.
+// Rows that decode and begin in the same pages are one piece, which reads what they share once.
 // Every sum goes over channels, then keys, in order, and block edges are at fixed positions, so the
 // bits of a query depend neither on its neighbours nor on how a prompt was cut. Old sums fade by
 // whole powers of two, which rounds nothing.
 
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "native/threads.h"
 #include "native/vectors.h"
+#include "paged_attention/softmax.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -24,7 +24,6 @@ constexpr int kKeys = 64;      // that are reduced at a time
 constexpr int kQueries = 48;   // of a piece, or one token's where they are more
 constexpr int kRows = 6;       // by
 constexpr int kColumns = 4;    // vectors: what the registers hold of a product
-constexpr float kLowest = -200.0f;  // of a power of two; below, it is zero anyway
 
 enum class Kind { kFloat32, kBfloat16, kInt8 };
 
@@ -39,6 +38,7 @@ struct Attention {
 
   int64_t group() const { return heads / kv_heads; }
   int64_t tile() const { return std::max<int64_t>(1, kQueries / group()); }
+  int64_t most_together() const { return std::max<int64_t>(1, kQueries / 2 / group()); }
   int64_t tiles() const { return (tokens + tile() - 1) / tile(); }
 };
 
@@ -148,83 +148,6 @@ void multiply_all(const float* a, int64_t a_width, const float* b, int64_t b_wid
   }
 }
 
-// 2^x for x <= 0, to the last bit or two.
-INLINE inline __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(kLowest), x);  // NaN stays
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(x, whole);
-  constexpr float terms[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f,
-                             2.4022651e-1f, 6.9314718e-1f, 1.0f};  // ln(2)^n / n!
-  __m512 sum = _mm512_set1_ps(1.5403530e-4f);
-  for (float term : terms) {
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(term));
-  }
-  return _mm512_scalef_ps(sum, whole);
-}
-
-// cap * tanh(x / cap)
-INLINE inline __m512 capped(__m512 x, float cap) {
-  const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(-2.88539008f / cap));  // -2 / ln(2)
-  const __m512 low = _mm512_or_ps(y, _mm512_set1_ps(-0.0f));
-  const __m512 part = power_of_two(low), one = _mm512_set1_ps(1.0f);
-  const __m512 size = _mm512_div_ps(_mm512_sub_ps(one, part), _mm512_add_ps(one, part));
-  const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
-  return _mm512_mul_ps(_mm512_or_ps(size, sign), _mm512_set1_ps(cap));
-}
-
-// A softmax that is not finished, of one query.
-struct Softmax {
-  float top = -std::numeric_limits<float>::infinity();  // a whole number above every logit so far
-  float total = 0.0f;
-};
-
-// Logits of one query to weights, zero where it does not see; what is summed so far fades.
-void weigh(float* logits, int64_t columns, int64_t first, int64_t seen_from, int64_t seen_to,
-           float soft_cap, Softmax& softmax, float* out, int64_t width) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i low = _mm512_set1_epi32(static_cast<int32_t>(seen_from - first));
-  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(seen_to - first));
-  __mmask16 seen[kColumns], any = 0;
-  __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int column = 0; column < columns; ++column) {
-    const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(column * kLanes));
-    seen[column] = _mm512_cmp_epi32_mask(at, low, _MM_CMPINT_NLT) &
-                   _mm512_cmp_epi32_mask(at, high, _MM_CMPINT_LE);
-    any |= seen[column];
-    __m512 some = _mm512_load_ps(logits + column * kLanes);
-    if (soft_cap > 0) {
-      some = capped(some, soft_cap);
-      _mm512_store_ps(logits + column * kLanes, some);
-    }
-    most = _mm512_mask_max_ps(most, seen[column], most, some);
-  }
-  if (!any) {
-    for (int column = 0; column < columns; ++column) {
-      _mm512_store_ps(logits + column * kLanes, _mm512_setzero_ps());
-    }
-    return;
-  }
-  const float top = std::max(softmax.top, std::ceil(_mm512_reduce_max_ps(most)));
-  const __m512 base = _mm512_set1_ps(std::isinf(top) && top < 0 ? 0.0f : top);
-  __m512 sum = _mm512_setzero_ps();
-  for (int column = 0; column < columns; ++column) {
-    const __m512 x = _mm512_sub_ps(_mm512_load_ps(logits + column * kLanes), base);
-    const __m512 weight = _mm512_maskz_mov_ps(seen[column], power_of_two(x));
-    _mm512_store_ps(logits + column * kLanes, weight);
-    sum = _mm512_add_ps(sum, weight);
-  }
-  if (top != softmax.top) {
-    const float less = std::max(softmax.top - top, kLowest);
-    const float fade = std::isinf(softmax.top) ? 0.0f : std::exp2(less);
-    softmax.total *= fade;
-    for (int64_t at = 0; at < width; at += kLanes) {
-      _mm512_store_ps(out + at, _mm512_mul_ps(_mm512_load_ps(out + at), _mm512_set1_ps(fade)));
-    }
-    softmax.top = top;
-  }
-  softmax.total += _mm512_reduce_add_ps(sum);
-}
-
 // Where the keys and values of some positions lie; they are asked for as soon as that is known.
 struct Block {
   const uint8_t *k[kKeys], *v[kKeys];
@@ -248,70 +171,156 @@ struct Block {
   }
 };
 
+// Rows that decode, and how many tokens at their start lie in the same pages; or one row.
+struct Group {
+  std::vector<int32_t> rows;
+  int64_t shared = 0;  // in whole blocks
+
+  // What a row has in common with the first one, in whole blocks that both see.
+  int64_t common(const Attention& call, int64_t row) const {
+    const int32_t* one = call.table + rows[0] * call.table_width;
+    const int32_t* other = call.table + row * call.table_width;
+    const int64_t pages = std::mismatch(one, one + call.table_width, other).first - one;
+    const int64_t seen = std::min(call.starts[rows[0]], call.starts[row]) + 1;
+    return std::min(pages * call.page_size, seen) / kKeys * kKeys;
+  }
+};
+
+// Rows that begin in the same pages are one piece of work: what is shared is read once for all.
+std::vector<Group> group_rows(const Attention& call) {
+  std::vector<Group> groups;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    bool is_in = false;
+    for (Group& group : groups) {
+      if (call.tokens > 1 || call.window || !call.lengths[row]) break;
+      const auto most = static_cast<size_t>(call.most_together());
+      if (group.rows.size() >= most || !call.lengths[group.rows[0]]) continue;
+      const int64_t common = group.common(call, row);
+      is_in = common && 2 * common >= group.shared;  // a little in common would undo more
+      if (!is_in) continue;
+      group.shared = group.rows.size() == 1 ? common : std::min(group.shared, common);
+      group.rows.push_back(static_cast<int32_t>(row));
+      break;
+    }
+    if (!is_in) groups.push_back({{static_cast<int32_t>(row)}});
+  }
+  return groups;
+}
+
+// Queries of one kv head, and what they have read so far.
+struct Queries {
+  float *keys, *values;  // of a block
+  float *q, *out, *logits;
+  Softmax* softmax;
+  int64_t* positions;
+};
+
+// Positions [first, last] of a row's pages, for queries [begin, end); first is a block's edge.
 template <Kind kind>
-void attend(const Attention& call, int64_t row, int64_t head, int64_t first_token) {
-  const int64_t width = call.width, group = call.group(), length = call.lengths[row];
+void read_keys(const Attention& call, const Queries& all, int64_t row, int64_t head, int64_t begin,
+               int64_t end, int64_t first, int64_t last) {
+  const int64_t width = call.width, count = end - begin;
+  float *q = all.q + begin * width, *out = all.out + begin * width, *logits = all.logits;
+  Block block(call, row, head, first, last);
+  for (; first <= last; first += kKeys) {
+    const int depth = block.count;
+    load<kind>(call, block.k, block.v, depth, all.keys, all.values);
+    if (first + kKeys <= last) block = Block(call, row, head, first + kKeys, last);
+    const int64_t columns = (depth + kLanes - 1) / kLanes;
+    std::memset(logits, 0, count * kKeys * sizeof(float));
+    multiply_all(q, width, all.keys, kKeys, logits, kKeys, count, columns, width);
+    for (int64_t one = 0; one < count; ++one) {
+      const int64_t position = all.positions[begin + one];
+      const int64_t seen_from = call.window ? position - call.window + 1 : 0;
+      weigh(logits + one * kKeys, columns, first, seen_from, position, call.soft_cap,
+            all.softmax[begin + one], out + one * width, width);
+    }
+    multiply_all(logits, kKeys, all.values, width, out, width, count, width / kLanes, depth);
+  }
+}
+
+// Makes room for some queries.
+Queries make_queries(int64_t count, int64_t width) {
+  thread_local std::vector<Softmax> softmax;
+  thread_local std::vector<int64_t> positions;
+  softmax.assign(count, Softmax());
+  positions.resize(count);
+  Queries all;
+  all.keys = reinterpret_cast<float*>(
+      scratch(sizeof(float) * (2 * kKeys * width + count * (2 * width + kKeys))));
+  all.values = all.keys + kKeys * width;
+  all.q = all.values + kKeys * width;
+  all.out = all.q + count * width;
+  all.logits = all.out + count * width;
+  all.softmax = softmax.data();
+  all.positions = positions.data();
+  std::memset(all.out, 0, count * width * sizeof(float));
+  return all;
+}
+
+template <Kind kind>
+void attend(const Attention& call, const Group& rows, int64_t head, int64_t first_token) {
+  const int64_t width = call.width, group = call.group();
   const int64_t tokens = std::min(call.tile(), call.tokens - first_token);
+  const int64_t length = call.lengths[rows.rows[0]];
   const int64_t real = std::clamp<int64_t>(length - first_token, 0, tokens);
-  float* to = call.out + ((row * call.tokens + first_token) * call.heads + head * group) * width;
+  const int64_t each_row = real * group;
+  const auto place = [&](int64_t row, int64_t token) {
+    return ((row * call.tokens + first_token + token) * call.heads + head * group) * width;
+  };
   for (int64_t token = real; token < tokens; ++token) {
-    std::memset(to + token * call.heads * width, 0, group * width * sizeof(float));
+    std::memset(call.out + place(rows.rows[0], token), 0, group * width * sizeof(float));
   }
   if (real == 0) return;
-  const int64_t queries = real * group;
-  float* keys = reinterpret_cast<float*>(
-      scratch(sizeof(float) * (2 * kKeys * width + queries * (2 * width + kKeys))));
-  float *values = keys + kKeys * width, *q = values + kKeys * width, *out = q + queries * width;
-  float* logits = out + queries * width;
-  thread_local std::vector<Softmax> softmax;
-  softmax.assign(queries, Softmax());
-  std::memset(out, 0, queries * width * sizeof(float));
-  const float* from = call.q + (to - call.out);
-  for (int64_t one = 0; one < queries; ++one) {
-    const float* query = from + ((one / group) * call.heads + one % group) * width;
-    for (int64_t at = 0; at < width; ++at) q[one * width + at] = query[at] * call.scale;
-  }
-  const int64_t start = call.starts[row] + first_token, last = start + real - 1;
-  const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
-  Block block(call, row, head, oldest / kKeys * kKeys, last);
-  for (int64_t first = oldest / kKeys * kKeys; first <= last; first += kKeys) {
-    const int count = block.count;
-    load<kind>(call, block.k, block.v, count, keys, values);
-    if (first + kKeys <= last) block = Block(call, row, head, first + kKeys, last);
-    const int64_t columns = (count + kLanes - 1) / kLanes;
-    std::memset(logits, 0, queries * kKeys * sizeof(float));
-    multiply_all(q, width, keys, kKeys, logits, kKeys, queries, columns, width);
-    for (int64_t one = 0; one < queries; ++one) {
-      const int64_t position = start + one / group;
-      const int64_t seen_from = call.window ? position - call.window + 1 : 0;
-      weigh(logits + one * kKeys, columns, first, seen_from, position, call.soft_cap, softmax[one],
-            out + one * width, width);
+  const int64_t queries = each_row * static_cast<int64_t>(rows.rows.size());
+  const Queries all = make_queries(queries, width);
+  const auto each_query = [&](const auto& one) {
+    for (int64_t query = 0; query < queries; ++query) {
+      const int64_t row = rows.rows[query / each_row], token = query % each_row / group;
+      one(query, row, token, place(row, token) + query % group * width);
     }
-    multiply_all(logits, kKeys, values, width, out, width, queries, width / kLanes, count);
-  }
-  for (int64_t one = 0; one < queries; ++one) {
-    float* result = to + ((one / group) * call.heads + one % group) * width;
-    const float total = softmax[one].total;
-    for (int64_t at = 0; at < width; ++at) {
-      result[at] = total == 0.0f ? 0.0f : out[one * width + at] / total + 0.0f;
+  };
+  each_query([&](int64_t query, int64_t row, int64_t token, int64_t at) {
+    all.positions[query] = call.starts[row] + first_token + token;
+    for (int64_t channel = 0; channel < width; ++channel) {
+      all.q[query * width + channel] = call.q[at + channel] * call.scale;
     }
+  });
+  if (rows.shared) {
+    read_keys<kind>(call, all, rows.rows[0], head, 0, queries, 0, rows.shared - 1);
   }
+  for (int64_t begin = 0; begin < queries; begin += each_row) {
+    const int64_t start = all.positions[begin], end = begin + each_row;
+    const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
+    const int64_t first = std::max(rows.shared, oldest / kKeys * kKeys);
+    read_keys<kind>(call, all, rows.rows[begin / each_row], head, begin, end, first,
+                    all.positions[end - 1]);
+  }
+  each_query([&](int64_t query, int64_t, int64_t, int64_t at) {
+    const float total = all.softmax[query].total;
+    for (int64_t channel = 0; channel < width; ++channel) {
+      const float sum = all.out[query * width + channel];
+      call.out[at + channel] = total == 0.0f ? 0.0f : sum / total + 0.0f;
+    }
+  });
 }
 
 struct Work {
   Attention call;
+  std::vector<Group> groups;
   Pieces pieces;
 
   void run() {
     pieces.share([&](int64_t piece) {
       const int64_t tiles = call.tiles(), rest = piece / tiles;
       const int64_t tile = tiles - 1 - piece % tiles;  // those with most keys first
-      const int64_t row = rest / call.kv_heads, head = rest % call.kv_heads;
+      const Group& rows = groups[rest / call.kv_heads];
+      const int64_t head = rest % call.kv_heads;
       const int64_t first = tile * call.tile();
       switch (call.kind) {
-        case Kind::kFloat32: return attend<Kind::kFloat32>(call, row, head, first);
-        case Kind::kBfloat16: return attend<Kind::kBfloat16>(call, row, head, first);
-        case Kind::kInt8: return attend<Kind::kInt8>(call, row, head, first);
+        case Kind::kFloat32: return attend<Kind::kFloat32>(call, rows, head, first);
+        case Kind::kBfloat16: return attend<Kind::kBfloat16>(call, rows, head, first);
+        case Kind::kInt8: return attend<Kind::kInt8>(call, rows, head, first);
       }
     });
   }
@@ -357,7 +366,8 @@ ffi::Error call(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer
                 scale,
                 soft_cap,
                 kind};
-  work->pieces.count = dims[0] * pool[0] * work->call.tiles();
+  work->groups = group_rows(work->call);
+  work->pieces.count = work->groups.size() * pool[0] * work->call.tiles();
   run_together(threads, work->pieces.count, work);
   return ffi::Error::Success();
 }

@@ -15,12 +15,16 @@ class Needs(NamedTuple):
     head_dim: int
     page_size: int
     block: int  # keys that are reduced at a time
+    compute_dtype: str = ""  # what int8 pages are read as
 
 
-def needs_here(*, dtype: str, head_dim: int, page_size: int, block: int) -> Needs:
+def needs_here(
+    *, dtype: str, head_dim: int, page_size: int, block: int, compute_dtype: str = ""
+) -> Needs:
     """The needs of an engine on the first device of this process."""
     device = jax.devices()[0]
     known = str(device.platform)
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(known, known)
     capability = str(device.compute_capability) if platform == "gpu" else ""
-    return Needs(platform, capability, jnp.dtype(dtype).name, head_dim, page_size, block)
+    name = jnp.dtype(dtype).name
+    return Needs(platform, capability, name, head_dim, page_size, block, compute_dtype)

@@ -4,6 +4,9 @@ One program is 64 rows of a row's queries for one kv head, against one split of 
 have a fixed size, so that a sequence's sums are the same whatever else is in the batch; what they
 come to is merged in order afterwards. The queries of a decode fill only part of the 64 rows:
 a decode waits for memory, and the tensor cores have time.
+
+Codes of int8 pages are made bfloat16 on the chip, which is exact; their scales are factors of
+logits and of weights.
 """
 
 import functools
@@ -19,13 +22,15 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.dims import Leaf
 from jaxinfer.kernels.paged_attention import online, queries
 from jaxinfer.kernels.paged_attention.needs import Needs
+from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.kernels.paged_attention.tiles import GPU_SMEM, GpuTiles, gpu_bytes, gpu_tiles
 
 _ROWS = 64  # of queries in a program: what one warpgroup multiplies at a time
 _COLUMNS = 64  # of a head, summed in one array
-_DTYPES = ("bfloat16", "float16")
+_DTYPES = ("bfloat16", "float16", "int8")
 _TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # two bytes an element
 _TILED_F32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+_ALIGNED = 128 // 4  # scales of a page that a copy can put anywhere
 
 
 class _Kind(NamedTuple):
@@ -63,20 +68,38 @@ def paged_attention(
     exact: bool = True,
     tiles: tuple[int, ...] = (),
 ) -> Float[Array, "B T N H"]:
-    """See reference.paged_attention; pages hold their values as they are, so `load` has no work.
+    """See reference.paged_attention; `load` has no work: pages hold values as they are, or codes.
 
     `exact` changes nothing here: rows never share a sum.
     """
     del load, exact
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, _, page_size, _ = k_pages.shape
-    group, dtype = num_heads // num_kv_heads, k_pages.dtype
-    sizes = gpu_tiles(page_table.shape[1] * page_size, head_dim, block=block, chosen=tiles)
+    is_rounded = isinstance(k_pages, Rounded)
+    stored = k_pages.codes if is_rounded else k_pages
+    num_kv_heads, _, page_size, _ = stored.shape
+    group, dtype = num_heads // num_kv_heads, jnp.bfloat16 if is_rounded else stored.dtype
+    sizes = gpu_tiles(
+        page_table.shape[1] * page_size, head_dim, block=block, dtype=stored.dtype, chosen=tiles
+    )
     num_splits = -(-page_table.shape[1] * page_size // sizes.split)
     q_BKRH = queries.grouped(q, num_kv_heads, tile=_ROWS).astype(dtype)
     num_tiles = q_BKRH.shape[2] // _ROWS
-    keys = plgpu.SMEM((sizes.stages, sizes.keys, head_dim), dtype, transforms=_TILED)
-    arrivals = plgpu.Barrier(num_arrivals=sizes.keys // page_size, num_barriers=sizes.stages)
+    blocks = _blocks(sizes, head_dim, stored.dtype)
+    copies = sizes.keys // page_size * len(jax.tree.leaves(k_pages))
+    arrivals = plgpu.Barrier(num_arrivals=copies, num_barriers=sizes.stages)
+    values = plgpu.SMEM((sizes.keys, head_dim), dtype, transforms=_TILED)
+    scratch: dict[str, Any] = dict(
+        q_tile=plgpu.SMEM((_ROWS, head_dim), dtype, transforms=_TILED),
+        k_blocks=blocks,
+        v_blocks=blocks,
+        values=values if is_rounded else None,
+        row_top=plgpu.SMEM((_ROWS,), jnp.int32),
+        row_total=plgpu.SMEM((_ROWS,), jnp.float32),
+        row_sums=plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32, transforms=_TILED_F32),
+        q_arrived=plgpu.Barrier(),
+        k_arrived=arrivals,
+        v_arrived=arrivals,
+    )
     of_split = (batch, num_kv_heads, num_splits, num_tiles * _ROWS)
     run = plgpu.kernel(
         functools.partial(_kernel, kind=_Kind(group, page_size, sizes, window, soft_cap)),
@@ -85,17 +108,7 @@ def paged_attention(
             jax.ShapeDtypeStruct(of_split, jnp.float32),
             jax.ShapeDtypeStruct((*of_split, head_dim), jnp.float32),
         ),
-        scratch_types=dict(
-            q_tile=plgpu.SMEM((_ROWS, head_dim), dtype, transforms=_TILED),
-            k_blocks=keys,
-            v_blocks=keys,
-            row_top=plgpu.SMEM((_ROWS,), jnp.int32),
-            row_total=plgpu.SMEM((_ROWS,), jnp.float32),
-            row_sums=plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32, transforms=_TILED_F32),
-            q_arrived=plgpu.Barrier(),
-            k_arrived=arrivals,
-            v_arrived=arrivals,
-        ),
+        scratch_types=scratch,
         grid=(num_splits * num_tiles, num_kv_heads, batch),
         grid_names=("work", "head", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -116,15 +129,41 @@ def refusal(needs: Needs) -> str:
         return f"reads pages of {' or '.join(_DTYPES)}, not of {needs.dtype}"
     if needs.head_dim % _COLUMNS:
         return f"has heads of a multiple of {_COLUMNS}, not of {needs.head_dim}"
-    tiles = gpu_tiles(needs.block, needs.head_dim, block=needs.block)
+    tiles = gpu_tiles(needs.block, needs.head_dim, block=needs.block, dtype=needs.dtype)
     if needs.page_size % 8 or tiles.keys % needs.page_size or needs.block % _COLUMNS:
         return (
             f"reduces {tiles.keys} keys at a time in pages of a multiple of 8 tokens; "
             f"engine.cache.page_size is {needs.page_size}, engine.attention_block {needs.block}"
         )
-    if gpu_bytes(tiles, needs.head_dim) > GPU_SMEM:
+    if gpu_bytes(tiles, needs.head_dim, dtype=needs.dtype) > GPU_SMEM:
         return f"can't hold heads of {needs.head_dim} in {GPU_SMEM} bytes of shared memory"
+    return _refusal_of_rounded(needs) if needs.dtype == "int8" else ""
+
+
+def _refusal_of_rounded(needs: Needs) -> str:
+    if needs.compute_dtype != "bfloat16":
+        return f"multiplies int8 pages in bfloat16; engine.compute_dtype is {needs.compute_dtype}"
+    if needs.page_size % _ALIGNED:
+        return (
+            f"copies int8 pages of a multiple of {_ALIGNED} tokens, not of {needs.page_size}: "
+            f"set engine.cache.page_size to {_ALIGNED} or {2 * _ALIGNED}"
+        )
     return ""
+
+
+def _blocks(sizes: GpuTiles, head_dim: int, dtype: Any) -> Any:
+    """Where the keys or values of several blocks lie in shared memory."""
+    shape = (sizes.stages, sizes.keys, head_dim)
+    if dtype != jnp.int8:
+        return plgpu.SMEM(shape, dtype, transforms=_TILED)
+    width = _columns_of_codes(head_dim)
+    tiled = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
+    scales = plgpu.SMEM((sizes.stages, sizes.keys), jnp.float32)
+    return Rounded(plgpu.SMEM(shape, jnp.int8, transforms=tiled), scales)
+
+
+def _columns_of_codes(head_dim: int) -> int:
+    return _COLUMNS if head_dim % (2 * _COLUMNS) else 2 * _COLUMNS
 
 
 def _kernel(
@@ -141,6 +180,7 @@ def _kernel(
     q_tile: Any,
     k_blocks: Any,
     v_blocks: Any,
+    values: Any,
     row_top: Any,
     row_total: Any,
     row_sums: Any,
@@ -169,6 +209,10 @@ def _kernel(
                 (k_pages, k_blocks, k_arrived),
                 (v_pages, v_blocks, v_arrived),
             ):
+                if isinstance(pages, Rounded):
+                    source, target = pages.scales.at[head, page, 0], blocks.scales.at[slot, place]
+                    plgpu.copy_gmem_to_smem(source, target, arrived.at[slot])
+                    pages, blocks = pages.codes, blocks.codes
                 plgpu.copy_gmem_to_smem(
                     pages.at[head, page], blocks.at[slot, place], arrived.at[slot]
                 )
@@ -186,11 +230,17 @@ def _kernel(
         slot = lax.rem(index - span.first_block, kind.tiles.stages)
         first_key = index * kind.tiles.keys
         plgpu.barrier_wait(k_arrived.at[slot])
-        logits = _logits(q_tile, k_blocks.at[slot], first_key, span, kind)
+        k_block, k_scales = _read(k_blocks, slot, values)
+        logits = _logits(q_tile, k_block, k_scales, first_key, span, kind)
         plgpu.barrier_wait(v_arrived.at[slot])
-        is_last = first_key + kind.tiles.keys > span.end
-        pl.when(is_last)(lambda: _forget(v_blocks.at[slot], span.end - first_key))
-        softmax = _reduce(logits, v_blocks.at[slot], softmax)
+        v_block, v_scales = _read(v_blocks, slot, values)
+        if v_scales is None:
+            is_last = first_key + kind.tiles.keys > span.end
+            pl.when(is_last)(lambda: _forget(v_block, span.end - first_key))
+        else:
+            key = _iota(v_scales.shape, 1) + first_key
+            v_scales = jnp.where(key < span.end, v_scales, 0.0)
+        softmax = _reduce(logits, v_block, v_scales, softmax)
         following = index + kind.tiles.stages
         pl.when(following < span.end_block)(lambda: fetch(following))
         return softmax
@@ -238,18 +288,48 @@ def _nothing(head_dim: int) -> tuple[Array, ...]:
     )
 
 
-def _logits(q_tile: Any, k_block: Any, first_key: Array, span: _Span, kind: _Kind) -> Array:
+def _read(blocks: Any, slot: Array, values: Any) -> tuple[Any, Array | None]:
+    """A block as values in shared memory, and the factor of each key in every row, if any.
+
+    Codes are made values in place of those of the block before, which nobody reads any more: all
+    warps meet before a write and after it.
+    """
+    if not isinstance(blocks, Rounded):
+        return blocks.at[slot], None
+    width = _columns_of_codes(values.shape[1])
+    for column in range(0, values.shape[1], width):
+        part = pl.ds(column, width)
+        codes = plgpu.layout_cast(blocks.codes[slot, :, part], plgpu.Layout.WGMMA_UPCAST_2X)
+        values[:, part] = plgpu.layout_cast(codes.astype(values.dtype), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    scales = plgpu.layout_cast(blocks.scales[slot], plgpu.Layout.WGMMA.reduce(0))
+    return values, lax.broadcast_in_dim(scales, (_ROWS, values.shape[0]), [1])
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _logits(
+    q_tile: Any,
+    k_block: Any,
+    scales: Array | None,
+    first_key: Array,
+    span: _Span,
+    kind: _Kind,
+) -> Array:
     """What the queries of a tile make of a block of keys: -inf where they don't see them."""
     shape = (_ROWS, kind.tiles.keys)
 
     def product(sums: Any) -> Array:
-        plgpu.wgmma(sums, q_tile, plgpu.transpose_ref(k_block, (1, 0)))
+        plgpu.wgmma(sums, q_tile, k_block.transpose((1, 0)))
         return sums[...]
 
     logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
-    last = span.start + lax.div(iota(0) + span.first_row, jnp.int32(kind.group))
-    key = iota(1) + first_key
+    if scales is not None:
+        logits = logits * scales
+    last = span.start + lax.div(_iota(shape, 0) + span.first_row, jnp.int32(kind.group))
+    key = _iota(shape, 1) + first_key
     seen = (key <= last) & (key < span.end)
     if kind.window:
         seen &= key > last - kind.window
@@ -260,13 +340,15 @@ def _forget(v_block: Any, num_keys: Array) -> None:
     """Zeros in place of the values that the row does not own; what they hold may be NaN."""
     for column in range(0, v_block.shape[1], _COLUMNS):
         part = v_block.at[:, pl.ds(column, _COLUMNS)]
-        key = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA)
         values = part[...]
-        part[...] = jnp.where(key < num_keys, values, jnp.zeros_like(values))
+        is_owned = _iota(part.shape, 0) < num_keys
+        part[...] = jnp.where(is_owned, values, jnp.zeros_like(values))
     plgpu.commit_smem()
 
 
-def _reduce(logits: Array, v_block: Any, softmax: tuple[Array, ...]) -> tuple[Array, ...]:
+def _reduce(
+    logits: Array, v_block: Any, scales: Array | None, softmax: tuple[Array, ...]
+) -> tuple[Array, ...]:
     """Takes one more block of keys into an unfinished softmax."""
     old, total, *parts = softmax
     new = online.new_top(old, jnp.max(logits, axis=1))
@@ -275,7 +357,7 @@ def _reduce(logits: Array, v_block: Any, softmax: tuple[Array, ...]) -> tuple[Ar
     faded = online.fade(old, new)
     total = total * faded + jnp.sum(weights, axis=1)
     by_column = lax.broadcast_in_dim(faded, (_ROWS, _COLUMNS), [0])
-    narrow = weights.astype(v_block.dtype)
+    narrow = (weights if scales is None else weights * scales).astype(v_block.dtype)
     for number, part in enumerate(parts):
         values = v_block.at[:, pl.ds(number * _COLUMNS, _COLUMNS)]
 

@@ -2,7 +2,8 @@
 
 One program of the grid is a row's tile of queries, for several kv heads at once. It reduces the
 row's keys in blocks, in order; while one block is computed the pages of the next are on their
-way. The page table lies in SMEM and only pages that the row owns are read.
+way. The page table lies in SMEM and only pages that the row owns are read. Codes of int8 pages are
+multiplied as they are; their scales are factors of logits and of weights.
 """
 
 import functools
@@ -19,10 +20,12 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.dims import Leaf
 from jaxinfer.kernels.paged_attention import online, queries
 from jaxinfer.kernels.paged_attention.needs import Needs
+from jaxinfer.kernels.paged_attention.rounded import SCALE_BYTES, Rounded
 from jaxinfer.kernels.paged_attention.tiles import TPU_VMEM, TpuTiles, tpu_bytes, tpu_tiles
 
-_DTYPES = ("bfloat16", "float32")  # Mosaic can't load float16 (libtpu 0.0.42)
+_DTYPES = ("bfloat16", "float32", "int8")  # Mosaic can't load float16 (libtpu 0.0.42)
 _SUBLANES = 8  # rows of a vector register
+_LANES = 128
 _AHEAD = 2  # blocks of keys in VMEM: one that is computed, one on its way
 
 
@@ -35,7 +38,7 @@ class _Kind(NamedTuple):
     tiles: TpuTiles
     window: int
     soft_cap: float
-    load: Callable[[Array], Array]
+    load: Callable[..., Array]
 
 
 def paged_attention(
@@ -49,7 +52,7 @@ def paged_attention(
     block: int,
     window: int = 0,
     soft_cap: float = 0.0,
-    load: Callable[[Array], Array] = lambda stored: stored,
+    load: Callable[..., Array] = lambda stored: stored,
     exact: bool = True,
     tiles: tuple[int, ...] = (),
 ) -> Float[Array, "B T N H"]:
@@ -59,25 +62,29 @@ def paged_attention(
     """
     del exact
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads, _, page_size, width = k_pages.shape
-    group = num_heads // num_kv_heads
-    dtype = jax.eval_shape(load, jax.ShapeDtypeStruct((8, 128), k_pages.dtype)).dtype
+    stored = k_pages.codes if isinstance(k_pages, Rounded) else k_pages
+    num_kv_heads, _, page_size, width = stored.shape
+    group, dtype = num_heads // num_kv_heads, _values_dtype(k_pages, load)
     sizes = tpu_tiles(
-        num_queries * group, num_kv_heads, width, block=block, dtype=dtype, chosen=tiles
+        num_queries * group, num_kv_heads, width, block=block, dtype=stored.dtype, chosen=tiles
     )
     q_BKRH = queries.grouped(q, num_kv_heads, tile=sizes.rows).astype(dtype)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
     kind = _Kind(group, page_size, block, sizes, window, soft_cap, load)
     of_tile = pl.BlockSpec((1, *sizes, width), lambda row, heads, tile, *_: (row, heads, tile, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    buffer = pltpu.VMEM((_AHEAD, sizes.heads, block, width), k_pages.dtype)
+    buffer: Any = pltpu.VMEM((_AHEAD, sizes.heads, block, width), stored.dtype)
+    pool: Any = anywhere
+    if isinstance(k_pages, Rounded):
+        scales = pltpu.VMEM((_AHEAD, sizes.heads, 1, block), jnp.float32)
+        buffer, pool = Rounded(buffer, scales), Rounded(anywhere, anywhere)
     out_BKRH = pl.pallas_call(
         functools.partial(_kernel, kind=kind),
         out_shape=jax.ShapeDtypeStruct(q_BKRH.shape, jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, num_kv_heads // sizes.heads, q_BKRH.shape[2] // sizes.rows),
-            in_specs=[of_tile, anywhere, anywhere],
+            in_specs=[of_tile, pool, pool],
             out_specs=of_tile,
             scratch_shapes=[
                 buffer,
@@ -103,7 +110,9 @@ def refusal(needs: Needs) -> str:
         return f"reads pages of {' or '.join(_DTYPES)}, not of {needs.dtype}"
     if needs.page_size % _SUBLANES:
         return f"copies pages of a multiple of {_SUBLANES} tokens, not of {needs.page_size}"
-    least = TpuTiles(heads=1, rows=4 * _SUBLANES // jnp.dtype(needs.dtype).itemsize)
+    if needs.dtype == "int8" and (reason := _refusal_of_rounded(needs)):
+        return reason
+    least = TpuTiles(heads=1, rows=4 * _SUBLANES // max(2, jnp.dtype(needs.dtype).itemsize))
     if tpu_bytes(least, needs.head_dim, block=needs.block, dtype=needs.dtype) > TPU_VMEM:
         return (
             f"can't hold engine.attention_block = {needs.block} keys of {needs.head_dim} "
@@ -112,15 +121,37 @@ def refusal(needs: Needs) -> str:
     return ""
 
 
+def _refusal_of_rounded(needs: Needs) -> str:
+    if needs.compute_dtype not in ("bfloat16", "float32"):
+        return (
+            "multiplies int8 pages in bfloat16 or float32; engine.compute_dtype is "
+            f"{needs.compute_dtype}"
+        )
+    if needs.page_size % _LANES:
+        return (
+            f"copies int8 pages of a multiple of {_LANES} tokens, not of {needs.page_size}: set "
+            f"engine.cache.page_size to {_LANES}"
+        )
+    return ""
+
+
+def _values_dtype(pages: Leaf, load: Callable[..., Array]) -> Any:
+    """What the values of pages are multiplied in."""
+    if not isinstance(pages, Rounded):
+        return jax.eval_shape(load, jax.ShapeDtypeStruct((8, 128), pages.dtype)).dtype
+    parts = (jax.ShapeDtypeStruct((8, size), jnp.int8) for size in (128, SCALE_BYTES))
+    return jax.eval_shape(load, *parts).dtype
+
+
 def _kernel(
     table: Any,  # i32 [B * M] in SMEM
     starts: Any,
     lengths: Any,
     q: Any,  # [1, K, R, H]
-    k_pages: Any,  # [K, P, C, H], not in VMEM
+    k_pages: Any,  # [K, P, C, H], not in VMEM; int8 ones with scales of [K, P, 1, C]
     v_pages: Any,
     out: Any,  # f32 [1, K, R, H]
-    k_blocks: Any,  # [2, K, S, H]
+    k_blocks: Any,  # [2, K, S, H], and scales [2, K, 1, S]
     v_blocks: Any,
     top: Any,  # i32 [K, R, 1]
     total: Any,  # f32 [K, R, 1]
@@ -153,8 +184,13 @@ def _kernel(
                 place = pl.ds(part * kind.page_size, kind.page_size)
                 ways = (k_pages, k_blocks), (v_pages, v_blocks)
                 for which, (pages, blocks) in enumerate(ways):
-                    source, target = pages.at[heads, page], blocks.at[slot, :, place]
-                    act(pltpu.make_async_copy(source, target, arrived.at[slot, which]))
+                    done = arrived.at[slot, which]
+                    if isinstance(pages, Rounded):
+                        source, target = pages.scales, blocks.scales.at[slot, :, :, place]
+                        act(pltpu.make_async_copy(source.at[heads, page], target, done))
+                        pages, blocks = pages.codes, blocks.codes
+                    target = blocks.at[slot, :, place]
+                    act(pltpu.make_async_copy(pages.at[heads, page], target, done))
 
     top[...] = jnp.full(top.shape, online.NOTHING, jnp.int32)
     total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -170,16 +206,31 @@ def _kernel(
         slot = lax.rem(index, _AHEAD)
         _reduce(
             q[0],
-            kind.load(k_blocks[slot]),
-            kind.load(v_blocks[slot]),
+            _read(k_blocks, slot, q.dtype, kind),
+            _read(v_blocks, slot, q.dtype, kind),
             (top, total, sums),
             visible=_visible(first_row, index * kind.block, start, end, kind),
-            is_owned=_positions((1, kind.block, 1), 1, index * kind.block) < end,
+            first_key=index * kind.block,
+            end=end,
             soft_cap=kind.soft_cap,
         )
 
     lax.fori_loop(first_block, end_block, one_block, None)
     out[0] = online.finished(total[...], sums[...])
+
+
+class _Values(NamedTuple):
+    """The keys or values of a block."""
+
+    values: Array  # [K, S, H]
+    scales: Array | None  # [K, 1, S], for codes
+
+
+def _read(blocks: Any, slot: Array, dtype: Any, kind: _Kind) -> _Values:
+    if isinstance(blocks, Rounded):
+        codes = blocks.codes[slot].astype(jnp.float32)
+        return _Values(codes.astype(dtype), blocks.scales[slot])
+    return _Values(kind.load(blocks[slot]), None)
 
 
 def _positions(shape: tuple[int, ...], axis: int, first: Array) -> Array:
@@ -197,28 +248,36 @@ def _visible(first_row: Array, first_key: Array, start: Array, end: Array, kind:
 
 def _reduce(
     q_KRH: Array,
-    k_KSH: Array,
-    v_KSH: Array,
+    keys: _Values,
+    values: _Values,
     softmax: tuple[Any, Any, Any],
     *,
     visible: Array,
-    is_owned: Array,
+    first_key: Array,
+    end: Array,
     soft_cap: float,
 ) -> None:
     """Takes one more block of keys into an unfinished softmax."""
     top, total, sums = softmax
+    v_KSH, block = values.values, values.values.shape[1]
     precision = lax.Precision.HIGHEST if v_KSH.dtype == jnp.float32 else None
     dot = functools.partial(
         lax.dot_general, precision=precision, preferred_element_type=jnp.float32
     )
-    logits = dot(q_KRH, k_KSH, (((2,), (2,)), ((0,), (0,))))
+    logits = dot(q_KRH, keys.values, (((2,), (2,)), ((0,), (0,))))
+    logits = logits if keys.scales is None else logits * keys.scales
     logits = jnp.where(visible, online.capped(logits, soft_cap), -jnp.inf)
     old = top[...]
     new = online.new_top(old, jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp2(logits - online.base(new))
-    v_KSH = jnp.where(is_owned, v_KSH, jnp.zeros((), v_KSH.dtype))
     faded = online.fade(old, new)
     top[...] = new
     total[...] = total[...] * faded + jnp.sum(weights, axis=-1, keepdims=True)
+    if values.scales is None:
+        is_owned = _positions((1, block, 1), 1, first_key) < end
+        v_KSH = jnp.where(is_owned, v_KSH, jnp.zeros((), v_KSH.dtype))
+    else:
+        is_owned = _positions((1, 1, block), 2, first_key) < end
+        weights = weights * jnp.where(is_owned, values.scales, 0.0)
     product = dot(weights.astype(v_KSH.dtype), v_KSH, (((2,), (1,)), ((0,), (0,))))
     sums[...] = sums[...] * faded + product

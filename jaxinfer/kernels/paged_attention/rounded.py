@@ -1,10 +1,17 @@
-"""Pages in int8: the codes of a head, and behind them the bits of the scale that they share."""
+"""Pages in int8: the codes of each head of each token, and the scale that they share.
+
+On a CPU the bits of a scale lie behind its codes, where a read finds both. Kernels that copy pages
+whole find scales in a pool of their own: rows of codes are whole lanes then, and copies aligned.
+"""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
+from jaxinfer.dims import Leaf
 from jaxinfer.exact import largest
 
 SCALE_BYTES = 4  # of a float32
@@ -12,15 +19,28 @@ _LARGEST = 127
 _SMALLEST = 1e-30  # a head whose values are all smaller counts as zero
 
 
-def pack(x: Float[Array, "... H"]) -> Int8[Array, "... W"]:
+class Rounded(NamedTuple):
+    """Heads whose scales lie apart; as a pool [K, P, C, H] and [K, P, 1, C]."""
+
+    codes: Leaf
+    scales: Leaf  # float32
+
+
+def round_heads(x: Float[Array, "... H"]) -> Rounded:
     """Each head of each token by its own largest value, so that nothing else changes its bits.
 
-    What is not finite stays so: its scale is not finite either.
+    What is not finite stays so: its scale is not finite either. Scales are [..., 1].
     """
     top = largest(x)
     codes = jnp.round(x * jnp.where(top < _SMALLEST, 0.0, _LARGEST / top))
-    bits = lax.bitcast_convert_type(top * jnp.float32(1 / _LARGEST), jnp.int8)
-    return jnp.concatenate([codes.astype(jnp.int8), bits[..., 0, :]], axis=-1)
+    return Rounded(codes.astype(jnp.int8), top * jnp.float32(1 / _LARGEST))
+
+
+def pack(x: Float[Array, "... H"]) -> Int8[Array, "... W"]:
+    """The same with the bits of each scale behind its codes."""
+    codes, scales = round_heads(x)
+    bits = lax.bitcast_convert_type(scales, jnp.int8)
+    return jnp.concatenate([codes, bits[..., 0, :]], axis=-1)
 
 
 def unpack(

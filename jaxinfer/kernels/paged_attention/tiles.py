@@ -49,6 +49,9 @@ def tpu_bytes(tiles: TpuTiles, head_dim: int, *, block: int, dtype: DTypeLike) -
     lanes = -(-head_dim // _TPU_LANES) * _TPU_LANES
     keys = -(-block // _TPU_LANES) * _TPU_LANES
     pages = tiles.heads * block * lanes * (4 * size + 8)  # two blocks of k and v, and as values
+    if size == 1:
+        pages += tiles.heads * 4 * keys * 8 * 4  # a row of scales takes eight
+    size = max(size, 2)  # of queries and weights beside int8 pages
     row = lanes * (2 * size + 4 * 4) + keys * (3 * 4 + size) + 2 * _TPU_LANES * 4
     return pages + tiles.heads * tiles.rows * row
 
@@ -70,7 +73,14 @@ class GpuTiles(NamedTuple):
     stages: int  # blocks of keys in shared memory
 
 
-def gpu_tiles(longest: int, head_dim: int, *, block: int, chosen: Sizes = ()) -> GpuTiles:
+def gpu_tiles(
+    longest: int,
+    head_dim: int,
+    *,
+    block: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    chosen: Sizes = (),
+) -> GpuTiles:
     """Splits of 512 keys, or of a sixteenth of the longest sequence; as many stages as leave room
     for a second program beside, and two at least. Chosen splits grow with the longest sequence
     too, later."""
@@ -82,14 +92,17 @@ def gpu_tiles(longest: int, head_dim: int, *, block: int, chosen: Sizes = ()) ->
     fitting = [
         stages
         for stages in range(2, _GPU_MOST_STAGES + 1)
-        if gpu_bytes(GpuTiles(keys, split, stages), head_dim) <= GPU_SMEM // 2
+        if gpu_bytes(GpuTiles(keys, split, stages), head_dim, dtype=dtype) <= GPU_SMEM // 2
     ]
     return GpuTiles(keys, split, max(fitting, default=2))
 
 
-def gpu_bytes(tiles: GpuTiles, head_dim: int) -> int:
-    """What a program takes of shared memory."""
-    pages = 2 * tiles.stages * tiles.keys * head_dim * 2
+def gpu_bytes(tiles: GpuTiles, head_dim: int, *, dtype: DTypeLike = jnp.bfloat16) -> int:
+    """What a program takes of shared memory: int8 codes with their scales, and as values."""
+    is_rounded = jnp.dtype(dtype) == jnp.int8
+    head = head_dim + 4 if is_rounded else 2 * head_dim
+    pages = 2 * tiles.stages * tiles.keys * head
+    pages += 2 * tiles.keys * head_dim * is_rounded
     rows = 64 * (head_dim * 2 + 64 * 4 + 8)
     return pages + rows + _GPU_ALIGNED
 
@@ -110,10 +123,10 @@ def misfit(backend: str, sizes: Sizes, needs: Needs) -> str:
         return f"{backend} takes {len(names)} sizes of at least 1: {', '.join(names)}"
     block, head_dim = needs.block, needs.head_dim
     if backend == "pallas_tpu":
-        tiles, least = TpuTiles(*sizes), _tpu_least_rows(needs.dtype)
-        if tiles.rows % least:
+        asked, least = TpuTiles(*sizes), _tpu_least_rows(needs.dtype)
+        if asked.rows % least:
             return f"rows must be a multiple of {least} in {needs.dtype}"
-        need, room = tpu_bytes(tiles, head_dim, block=block, dtype=needs.dtype), TPU_VMEM
+        need, room = tpu_bytes(asked, head_dim, block=block, dtype=needs.dtype), TPU_VMEM
     else:
         keys, split, stages = sizes
         if keys % _GPU_KEYS or keys % needs.page_size or block % keys or split % block:
@@ -124,7 +137,8 @@ def misfit(backend: str, sizes: Sizes, needs: Needs) -> str:
             )
         if stages < 2:
             return "stages must be at least 2, so that one arrives while another is used"
-        need, room = gpu_bytes(GpuTiles(keys, split, stages), head_dim), GPU_SMEM
+        tiles = GpuTiles(keys, split, stages)
+        need, room = gpu_bytes(tiles, head_dim, dtype=needs.dtype), GPU_SMEM
     return f"they take {need} bytes on the chip, which has {room}" if need > room else ""
 
 
@@ -147,8 +161,8 @@ def _split(least: int, longest: int, most: int, block: int) -> int:
 
 
 def _tpu_least_rows(dtype: DTypeLike) -> int:
-    """Rows of a vector register."""
-    return 32 // jnp.dtype(dtype).itemsize
+    """Rows of a vector register; queries beside int8 pages are bfloat16 at least."""
+    return 32 // max(2, jnp.dtype(dtype).itemsize)
 
 
 def _divisors(number: int, most: int) -> list[int]:

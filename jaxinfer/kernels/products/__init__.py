@@ -1,18 +1,37 @@
-"""Products with a quantised weight: who computes them, XLA or native code."""
+"""Products with int8 and bfloat16 weights: who computes them, XLA or native code."""
 
+import dataclasses
+import importlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from jaxinfer.dims import Leaf
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import native
 
-AUTO, NATIVE, XLA = "auto", native.NATIVE, "xla"
+AUTO, NATIVE, XLA, PALLAS_GPU = "auto", native.NATIVE, "xla", "pallas_gpu"
+THERE = (AUTO, NATIVE, XLA, PALLAS_GPU)
+INT8, BFLOAT16 = "int8", "bfloat16"  # weights that native code multiplies
 MAX_INNER = 1 << 16  # channels of a product; longer sums may not fit into int32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Floats:
+    """A weight in bfloat16 that native code multiplies.
+
+    It takes the place of an array while a program is traced, and of nothing outside it.
+    """
+
+    values: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.values.shape
 
 
 class Needs(NamedTuple):
@@ -20,7 +39,8 @@ class Needs(NamedTuple):
 
     platform: str  # as jax calls it
     num_devices: int
-    is_quantised: bool
+    weights: str  # what they are kept in: int8, or a dtype
+    capability: str = ""  # of a GPU, as "9.0"
 
 
 class Choice(NamedTuple):
@@ -33,18 +53,20 @@ class Choice(NamedTuple):
 def choose(name: str, needs: Needs) -> Choice:
     """Who was asked for, or native code for `auto` where it can be had.
 
-    What was asked for and can't be had is refused, never replaced. Weights that are not quantised
+    What was asked for and can't be had is refused, never replaced. Weights in other types
     are always XLA's.
     """
-    if name not in (AUTO, NATIVE, XLA):
-        raise ConfigError(f"engine.products is {name!r}; there are: {AUTO}, {NATIVE}, {XLA}")
-    if name == XLA or not needs.is_quantised:
+    if name not in THERE:
+        raise ConfigError(f"engine.products is {name!r}; there are: {', '.join(THERE)}")
+    if name == PALLAS_GPU:
+        if reason := _refusal_on_gpu(needs):
+            raise _refused(name, reason)
+        return Choice(PALLAS_GPU)
+    if name == XLA or needs.weights not in (INT8, BFLOAT16):
         return Choice(XLA)
     reason = _refusal(needs)
     if reason and name == NATIVE:
-        raise ConfigError(
-            f"engine.products is {NATIVE!r}, and can't be: {reason}; choose {AUTO!r} or {XLA!r}"
-        )
+        raise _refused(name, reason)
     return Choice(XLA, reason) if reason else Choice(NATIVE)
 
 
@@ -65,9 +87,47 @@ def project(
     return call(x, codes, scale, digits=np.int64(digits), block=np.int64(block))
 
 
+def sums_on_gpu(rows: Int8[Array, "rows K"], table: Leaf) -> Array | None:
+    """Sums of products of all rows with all of the table's, by the kernel for Hopper GPUs.
+
+    None where it has no tiles for them. It is imported where it is used: others need no Mosaic.
+    """
+    own = importlib.import_module(f"{__name__}.{PALLAS_GPU}")
+    return own.sums(rows, table) if own.fits(len(rows), *table.shape) else None
+
+
+def project_floats(x: Float[Array, "rows K"], weights: Leaf) -> Float[Array, "rows N"]:
+    """x, rounded to bfloat16, times weights [N, K] of that type, which are read as they lie.
+
+    Sums are float32 in one order of channels: a row's bits depend neither on the others nor on how
+    many threads there are.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(native.library().target("float_product"), out)(x, weights)
+
+
+def _refused(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"engine.products is {name!r}, and can't be: {reason}; choose {AUTO!r} or {XLA!r}"
+    )
+
+
+def _refusal_on_gpu(needs: Needs) -> str:
+    if needs.platform != "gpu":
+        return f"its kernel is for Hopper GPUs, and this is a {needs.platform}"
+    if needs.weights != INT8:
+        return f"its kernel takes int8 weights, and these are {needs.weights}: see --quant"
+    if needs.capability.split(".")[0] != "9":
+        return (
+            "its kernel is for Hopper GPUs (9.0), and this one's compute capability is "
+            f"{needs.capability}"
+        )
+    return ""
+
+
 def _refusal(needs: Needs) -> str:
     if needs.platform != "cpu":
         return f"native code is for CPUs, and this is a {needs.platform}"
     if needs.num_devices > 1:
         return f"weights that {needs.num_devices} devices share are XLA's"
-    return native.refusal()
+    return native.lacks("avx512_bf16") if needs.weights == BFLOAT16 else native.refusal()
