@@ -278,24 +278,22 @@ class _VirtualEngine:
             self._live[sequence.order] = Timeline(sent_s)
             self.timelines.append(self._live[sequence.order])
 
-    def _dispatch(self, plan: Plan) -> tuple[float, ...]:
-        """When each of its parts will be there: a chunk's first token, then the decode."""
+    def _dispatch(self, plan: Plan) -> list[tuple[float, int]]:
+        """When each of its parts will be there, and its tokens: first ones, then the decode."""
         self.num_steps += 1
         now_s = max(self._now_s, self._device_free_s)
-        work, times_s = work_of(plan, self._config), list[float]()
+        work, parts = work_of(plan, self._config), list[tuple[float, int]]()
         self._device_free_s = now_s + self._cost.seconds(work)
         context_s = self._cost.prefill_context_s * work.prefill_context / max(1, sum(work.sizes))
         for chunk in plan.chunks:
             now_s += self._cost.chunk_s(chunk.size) + context_s * chunk.size
-            times_s += [now_s] * chunk.is_last
-        if plan.decodes or not times_s:
-            return (*times_s, self._device_free_s)
-        return (*times_s[:-1], self._device_free_s)
+            parts += [(now_s, 1)] * chunk.is_last
+        if plan.decodes or not parts:
+            return [*parts, (self._device_free_s, len(plan.decodes))]
+        return [*parts[:-1], (self._device_free_s, 1)]
 
-    def _read(self, plan: Plan, times_s: tuple[float, ...]) -> Iterator[Items[int]]:
-        rows = [1] * sum(chunk.is_last for chunk in plan.chunks)
-        rows += [len(plan.decodes)] if plan.decodes or not rows else []
-        for time_s, num_tokens in zip(times_s, rows, strict=True):
+    def _read(self, plan: Plan, parts: list[tuple[float, int]]) -> Iterator[Items[int]]:
+        for time_s, num_tokens in parts:
             self._now_s = max(self._now_s, time_s)
             yield [0] * num_tokens
 

@@ -27,7 +27,7 @@ class Draft:
         slots: Items[Sequence | None],
         *,
         cached_pages: Callable[[Sequence], tuple[int, ...]],
-        num_soon_cached: Callable[[Sequence], int] = lambda sequence: 0,
+        num_soon_cached: Callable[[Sequence], int],
         prefill_debt: Mapping[str, int],
         under_way: Collection[str] = (),
         standing: Standing,
