@@ -82,12 +82,12 @@ def in_thread():
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert begun.wait(10)
+    assert begun.wait(30)
     try:
         yield found[0], seen
     finally:
         found[1].call_soon_threadsafe(found[2].set)
-        thread.join(10)
+        thread.join(30)
 
 
 @pytest.mark.parametrize(

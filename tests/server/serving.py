@@ -84,12 +84,12 @@ def running_in_thread(**options) -> Iterator[Running]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
-        assert begun.wait(10)
+        assert begun.wait(30)
         yield found[0]
     finally:
         if found:
             found[1].call_soon_threadsafe(found[2].set)
-        thread.join(10)
+        thread.join(30)
 
 
 def free_port() -> int:
@@ -98,7 +98,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-async def until(condition, timeout_s: float = 5.0) -> None:
+async def until(condition, timeout_s: float = 30.0) -> None:
     """Waits for a condition; an AssertionError where it does not come true."""
     async with asyncio.timeout(timeout_s):
         while not condition():

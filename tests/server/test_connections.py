@@ -187,7 +187,7 @@ def test_connections_beyond_the_limit_are_closed_until_another_one_ends():
 
 async def until_welcome(target: str) -> None:
     """Returns once a new client is served."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             async with grpc.aio.insecure_channel(target, options=OWN) as wire:
                 try:

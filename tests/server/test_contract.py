@@ -71,8 +71,8 @@ def check(error: grpc.aio.AioRpcError, situation: str) -> None:
     status = status_pb2.Status.FromString(metadata.get(DETAILS_KEY, b""))
     kinds = {packed.TypeName().rpartition(".")[2] for packed in status.details}
     assert error.code() is wanted.code, (situation, error)
-    if wanted.code is Code.DEADLINE_EXCEEDED and not metadata:
-        return  # the client's own clock was first
+    if wanted.code is Code.DEADLINE_EXCEEDED and "Deadline Exceeded" in (error.details() or ""):
+        return  # the client's own clock was first, perhaps while the server's answer came in
     assert kinds - {"ErrorInfo"} == wanted.details, (situation, kinds)
     assert detail(error, details_pb2.ErrorInfo).reason == wanted.reason, situation
     assert (PUSHBACK_KEY in metadata) == wanted.has_pushback, situation

@@ -22,7 +22,7 @@ def engine():
 
 
 async def until_idle(engine):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while engine.stats().num_running or engine.stats().num_waiting:
             await asyncio.sleep(0.01)
 
