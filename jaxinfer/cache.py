@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.dims import Leaf
+from jaxinfer.kernels import native
 from jaxinfer.kernels.paged_attention import rounded
 from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.spec import ArraySpec, map_specs
@@ -47,8 +48,25 @@ def spec(model: ModelConfig, engine: EngineConfig) -> Cache:
 
 
 def make(model: ModelConfig, engine: EngineConfig) -> Cache:
-    """An empty cache, allocated once."""
-    return map_specs(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec(model, engine))
+    """An empty cache, allocated once.
+
+    Nothing depends on what is in a page before it is written. Beside native kernels the pages
+    are left as they come, so that those that were never used take no memory.
+    """
+
+    def pool(leaf: ArraySpec) -> Array:
+        return native.untouched(leaf.shape, jnp.dtype(leaf.dtype))
+
+    def empty(leaf: ArraySpec) -> Array:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    made = spec(model, engine)
+    pages = pool if engine.attention == native.NATIVE else empty
+    return Cache(
+        k=map_specs(pages, made.k),
+        v=map_specs(pages, made.v),
+        last_tokens=empty(made.last_tokens),
+    )
 
 
 def bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int:

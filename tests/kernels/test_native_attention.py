@@ -1,5 +1,9 @@
 """Attention in C++: the same bits however a prompt is cut, int8 pages, and an engine with it."""
 
+import resource
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,3 +126,19 @@ def test_pages_are_kept_as_the_reference_keeps_them():
         paged.page_dtype(EngineConfig(attention=name)) for name in ("reference", "native")
     )
     assert plain == own
+
+
+def test_pages_that_were_never_used_take_no_memory():
+    def resident() -> int:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
+
+    config = tiny.engine_config(attention="native", cache=CacheConfig(num_pages=100_000))
+    before = resident()
+    made = jax.block_until_ready(jax.jit(lambda: paged.make(tiny.MODEL, config))())
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    assert whole > 500_000_000 and resident() - before < whole / 10
+    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(made)}) == len(
+        jax.tree.leaves(made)
+    )
+    assert not np.asarray(made.last_tokens).any()

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxinfer.config import cache_dir
 from jaxinfer.errors import ConfigError
 
 NATIVE = "native"  # what settings call these kernels
-HANDLERS = ("product", "float_product", "attention", "likeliest")
+HANDLERS = ("product", "float_product", "attention", "likeliest", "untouched")
 """Functions jaxinfer_NAME of the library, each a custom call."""
 COMPILERS = ("c++", "g++", "clang++")
 NEEDED = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
@@ -80,6 +82,13 @@ def lacks(feature: str) -> str:
 def identity(name: str) -> str:
     """What a program that uses `name` depends on: for native code, which."""
     return f"{name} {library().digest}" if name == NATIVE else name
+
+
+def untouched(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """An array to which nothing is written: the system gives its memory as it comes into use."""
+    result = jax.ShapeDtypeStruct(shape, dtype)
+    name = library().target("untouched")
+    return jax.ffi.ffi_call(name, result, has_side_effect=True)()  # calls alike stay apart
 
 
 def plan() -> Plan | str:
