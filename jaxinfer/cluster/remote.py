@@ -247,7 +247,8 @@ class RemoteEngine:
             case ["over", str(why)]:
                 self._is_up = False
                 self.serving(False)
-                log.error("the group is lost: %s", why)
+                if not self._is_stopping:  # a server that stops ends its group
+                    log.error("the group is lost: %s", why)
                 self._end_all("the processes that run the model start again; ask again later")
             case _:
                 log.error("rank 0 sent %r, which is unknown here", message[0])

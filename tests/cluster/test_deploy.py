@@ -286,3 +286,6 @@ def test_the_container_has_all_that_it_copies_and_runs_as_nobody():
         for pod in pods(name):
             assert pod["spec"]["securityContext"]["runAsUser"] == int(user)
     assert 'ENTRYPOINT ["jaxinfer"]' in lines
+    cache = next(line.split("=")[1] for line in lines if line.startswith("ENV JAXINFER_CACHE_DIR"))
+    made = lines.index(f'    && install -d -o {user} -g {user} "$JAXINFER_CACHE_DIR"')
+    assert made < lines.index(f"VOLUME {cache}")  # or the folder is root's, and nothing is kept

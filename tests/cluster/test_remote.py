@@ -186,3 +186,14 @@ def test_a_group_that_is_given_up_is_the_end_of_the_engine():
     assert str(ended[0]) == "5 starts in a row failed"
     assert front.outputs[-1].finish_reason is FinishReason.CANCELLED
     assert front.engine.stop(1.0)
+
+
+def test_only_a_group_that_a_server_still_wants_is_said_to_be_lost(caplog):
+    front = Front()
+    front.lose()
+    assert "the group is lost: rank 1 is gone" in caplog.text
+    front.back()
+    caplog.clear()
+    front.engine.stop()
+    front.lose()
+    assert not caplog.records and front.serving == [False, True, False]
