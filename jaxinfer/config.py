@@ -123,7 +123,9 @@ class EngineConfig:
     """continuous: a request gets a slot as soon as one is free. static: only once all are, and
     with all prompts of a batch in one step; to compare with."""
     compute_dtype: Dtype = "bfloat16"
-    attention: Literal["auto", "reference", "native", "pallas_tpu", "pallas_gpu"] = "reference"
+    attention: Literal[
+        "auto", "reference", "native", "pallas_tpu", "pallas_triton", "pallas_gpu"
+    ] = "reference"
     """The kernel that attends: docs/kernels.md says which are proven where. auto: the platform's
     best that can serve the model. One that is named and can't is refused at the start."""
     attention_block: int = 128
@@ -132,8 +134,8 @@ class EngineConfig:
     """A file of `jaxinfer tune`: the kernel takes the tile sizes that were fastest on this device
     for these heads and pages; without an entry for them it is refused. Empty: sizes by rule."""
     attention_tiles: tuple[int, ...] = ()
-    """The sizes themselves, before any file: heads, rows (pallas_tpu); keys, split, stages
-    (pallas_gpu). [] leaves them to `tiles`, or to the rule."""
+    """The sizes themselves, before any file; `jaxinfer tune` names those of each kernel. [] leaves
+    them to `tiles`, or to the rule."""
     products: Literal["auto", "native", "xla", "pallas_gpu"] = "auto"
     """Who multiplies. native: C++ built here, for CPUs: int8 (AVX-512 VNNI) and bfloat16 (BF16).
     pallas_gpu: a kernel for few rows on Hopper GPUs, with the sums of xla."""

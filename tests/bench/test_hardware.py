@@ -91,7 +91,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path):
 def test_a_kernel_that_is_not_for_this_device_or_not_proven_is_left_out_and_said_once(tmp_path):
     one = make_part(tmp_path, sizes=REAL, without=("reference",))
     needs = Needs("cpu", "", "float16", 64, 16, 64)
-    assert [one.kernel(name, needs) for name in (*BACKENDS, *BACKENDS)] == [None] * 8
+    assert [one.kernel(name, needs) for name in 2 * BACKENDS] == [None] * 2 * len(BACKENDS)
     skipped = saved(tmp_path)["skipped"]
     assert [entry["what"] for entry in skipped] == list(BACKENDS)
     assert "wrong, failed or hung before" in skipped[0]["why"]
@@ -154,13 +154,13 @@ def test_a_report_says_wrong_things_last():
 
 @pytest.mark.full
 def test_a_kernel_that_is_off_is_found_to_be_wrong(tmp_path, monkeypatch):
-    real = kernels.make
+    real = kernels.prepared
 
-    def off(case, dtype):
-        call, expected = real(case, dtype)
-        return call, 1.1 * expected + 0.1
+    def off(backend, case, dtype):
+        case, call, expected = real(backend, case, dtype)
+        return case, call, 1.1 * expected + 0.1
 
-    monkeypatch.setattr(kernels, "make", off)
+    monkeypatch.setattr(kernels, "prepared", off)
     kernels.measure(make_part(tmp_path))
     assert check.wrong({"kernels": {**DONE, **saved(tmp_path)}})
 
@@ -169,6 +169,8 @@ def test_a_kernel_that_is_off_is_found_to_be_wrong(tmp_path, monkeypatch):
 def test_all_parts_run_tiny_with_the_gpu_kernel_in_its_interpreter(tmp_path, monkeypatch, capsys):
     gpu = Pretended("gpu", "9.0", mosaic_gpu.interpreter)
     monkeypatch.setitem(part.INTERPRETED, "pallas_gpu", gpu)
+    monkeypatch.setattr(check, "BUDGETS", dict.fromkeys(BUDGETS, 1e4))  # this is no measurement
+    monkeypatch.setattr(check, "_TOTAL_S", 1e5)
     out = tmp_path / "found.json"
     assert check.main(["--tiny", "--out", str(out)]) == 0
     report, shown = json.loads(out.read_text()), capsys.readouterr().out

@@ -1,18 +1,35 @@
 """Runs cases of paged attention on a CPU: shared by tests of kernels."""
 
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.bench.hardware.cases import Call, Case, load_of, make, relative_error
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import Needs
+from jaxinfer.kernels.paged_attention import Needs, pallas_triton
 from tests.kernels import mosaic_gpu
 
-__all__ = ["Call", "Case", "interpreter", "make", "needs", "relative_error", "run"]
-PLACES = {"pallas_tpu": ("tpu", ""), "pallas_gpu": ("gpu", "9.0")}  # else on the CPU itself
+__all__ = [
+    "Call",
+    "Case",
+    "interpreter",
+    "make",
+    "needs",
+    "no_gpu_here",
+    "relative_error",
+    "run",
+]
+# Else on the CPU itself.
+PLACES = {
+    "pallas_tpu": ("tpu", ""),
+    "pallas_gpu": ("gpu", "9.0"),
+    "pallas_triton": ("gpu", "8.0"),
+}
 
 
 def run(backend: str, call: Call, case: Case, dtype: str = "") -> np.ndarray:
@@ -32,7 +49,22 @@ def interpreter(backend: str) -> AbstractContextManager[None]:
         return pltpu.force_tpu_interpret_mode()
     if backend == "pallas_gpu":
         return mosaic_gpu.interpreter()
+    if backend == "pallas_triton":
+        return pallas_triton.interpreter()
     return nullcontext()
+
+
+@contextmanager
+def no_gpu_here() -> Iterator[None]:
+    """Where Triton kernels are lowered for a GPU that is not there, which jax 0.11 must be told."""
+    if jax.__version_info__ < (0, 11):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        yield
 
 
 def needs(backend: str, case: Case, dtype: str) -> Needs:

@@ -9,12 +9,21 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.device import Device
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import AUTO, BACKENDS, Needs, backend, choose, pick
+from jaxinfer.kernels.paged_attention import (
+    AUTO,
+    BACKENDS,
+    Needs,
+    backend,
+    choose,
+    pallas_triton,
+    pick,
+)
 from tests import tiny
 
 TPU = Needs("tpu", "", "bfloat16", head_dim=128, page_size=16, block=128)
 CPU = TPU._replace(platform="cpu")
 H200 = TPU._replace(platform="gpu", capability="9.0")
+A100 = H200._replace(capability="8.0")
 INT8 = {"dtype": "int8", "compute_dtype": "bfloat16"}
 REFUSED = {
     "a TPU kernel on a CPU": ("pallas_tpu", CPU, "needs a TPU, and this is a cpu"),
@@ -55,6 +64,22 @@ REFUSED = {
         "64 keys at a time",
     ),
     "odd blocks on a GPU": ("pallas_gpu", H200._replace(block=96), "attention_block 96"),
+    "Triton on a CPU": ("pallas_triton", CPU, "needs a GPU, and this is a cpu"),
+    "Triton on Turing": ("pallas_triton", A100._replace(capability="7.5"), "this one's is 7.5"),
+    "Triton on an AMD GPU": (
+        "pallas_triton",
+        A100._replace(capability="gfx942"),
+        "GPU of NVIDIA with compute capability 8.0 or later, and this one's is gfx942",
+    ),
+    "heads of 80 in Triton": ("pallas_triton", A100._replace(head_dim=80), "256, not of 80"),
+    "heads of 512 in Triton": ("pallas_triton", A100._replace(head_dim=512), "256, not of 512"),
+    "odd blocks in Triton": ("pallas_triton", A100._replace(block=72), "attention_block is 72"),
+    "float8 in Triton": ("pallas_triton", A100._replace(dtype="float8_e4m3fn"), "not of float8"),
+    "int8 pages in float32 in Triton": (
+        "pallas_triton",
+        A100._replace(**INT8 | {"compute_dtype": "float32"}),
+        "engine.compute_dtype is float32",
+    ),
     "no such backend": ("triton", TPU, "there are: reference, "),
 }
 
@@ -73,6 +98,11 @@ def test_what_was_asked_for_and_cannot_serve_is_refused(case):
         ("pallas_gpu", H200),
         ("pallas_tpu", TPU._replace(**INT8 | {"page_size": 128})),
         ("pallas_gpu", H200._replace(**INT8 | {"page_size": 32})),
+        ("pallas_triton", A100),
+        ("pallas_triton", A100._replace(capability="8.9", head_dim=256, page_size=24)),
+        ("pallas_triton", A100._replace(dtype="float32")),
+        ("pallas_triton", A100._replace(**INT8)),
+        ("pallas_triton", H200),
     ],
 )
 def test_what_was_asked_for_and_can_serve_is_taken(name, needs):
@@ -90,6 +120,24 @@ def test_auto_takes_the_best_of_the_platform_and_says_so(caplog, monkeypatch):
     monkeypatch.setattr("jaxinfer.kernels.native.refusal", lambda: "no compiler")
     assert choose(AUTO, CPU) == pick(AUTO, CPU) == "reference"
     assert "not native, which can't be had: no compiler" in caplog.text
+
+
+def test_auto_on_a_gpu_is_triton_where_the_kernel_for_hopper_cannot_serve(caplog):
+    caplog.set_level(logging.INFO)
+    assert choose(AUTO, A100) == pick(AUTO, A100) == "pallas_triton"
+    assert "not pallas_gpu, which needs a Hopper GPU" in caplog.text
+    assert "attention: pallas_triton, the best of" in caplog.text
+    assert choose(AUTO, H200._replace(dtype="float32")) == "pallas_triton"
+    assert choose(AUTO, H200._replace(**INT8)) == "pallas_triton"  # in pages of 16
+    assert choose(AUTO, A100._replace(capability="7.5")) == "reference"
+    assert "not pallas_triton, which needs a GPU of NVIDIA" in caplog.text
+
+
+def test_a_jax_without_triton_is_said(monkeypatch):
+    monkeypatch.setattr(pallas_triton, "plt", None)
+    assert pick(AUTO, A100) == "reference"
+    with pytest.raises(ConfigError, match="needs jax.experimental.pallas.triton, which jax .* has"):
+        choose("pallas_triton", A100)
 
 
 def test_auto_falls_back_and_says_why(caplog):

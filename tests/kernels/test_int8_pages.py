@@ -22,8 +22,8 @@ from tests.kernels.attention import interpreter, relative_error
 from tests.kernels.attention import run as attend
 
 MODEL = replace(tiny.MODEL, head_dim=64)
-PAGE_SIZES = {"reference": 32, "pallas_gpu": 32, "pallas_tpu": 128}
-KERNELS = ("pallas_gpu", "pallas_tpu")
+PAGE_SIZES = {"reference": 32, "pallas_gpu": 32, "pallas_triton": 32, "pallas_tpu": 128}
+KERNELS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
 
 
 def engine(attention: str, **cache: Any) -> EngineConfig:

@@ -16,14 +16,19 @@ from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
 from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.spec import abstract
 from tests import tiny
+from tests.kernels.attention import no_gpu_here
 
 MODEL = replace(tiny.MODEL, head_dim=64)
-CALLS = {"pallas_gpu": ("cuda", "mosaic_gpu_v2"), "pallas_tpu": ("tpu", "tpu_custom_call")}
+CALLS = {
+    "pallas_gpu": ("cuda", "mosaic_gpu_v2"),
+    "pallas_triton": ("cuda", "__gpu$xla.gpu.triton"),
+    "pallas_tpu": ("tpu", "tpu_custom_call"),
+}
 FEW = {"decode_rows": (8,), "prefill_chunks": (64,)}
 MANY = {"prefill_chunks": (32, 128), "decode_rows": (1, 8), "score_chunk": 32}
 INT8 = {
     name: {"cache": CacheConfig(page_size=size, num_pages=100, dtype="int8")}
-    for name, size in (("pallas_gpu", 32), ("pallas_tpu", 128))
+    for name, size in (("pallas_gpu", 32), ("pallas_triton", 16), ("pallas_tpu", 128))
 }
 PAGES = ("auto", "int8")
 
@@ -37,13 +42,14 @@ def engine(attention: str, **changes: Any) -> EngineConfig:
 
 def lowered(model: ModelConfig, config: EngineConfig, platform: str) -> dict[str, str]:
     """The text of each of the engine's programs, by name."""
-    return {
-        recipe.shape.name: jax.jit(recipe.function, donate_argnums=recipe.donated)
-        .trace(*recipe.arguments)
-        .lower(lowering_platforms=(platform,))
-        .as_text()
-        for recipe in programs_of._every_recipe(model, config)
-    }
+    with no_gpu_here():
+        return {
+            recipe.shape.name: jax.jit(recipe.function, donate_argnums=recipe.donated)
+            .trace(*recipe.arguments)
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+            for recipe in programs_of._every_recipe(model, config)
+        }
 
 
 def pages_of(attention: str, pages: str) -> dict[str, Any]:

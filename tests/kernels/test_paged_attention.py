@@ -67,6 +67,8 @@ def test_the_reference_matches_float64_whatever_free_pages_hold(dtype, case):
         ("pallas_gpu", "mixed", "bfloat16"),
         ("pallas_tpu", "mixed", "int8"),
         ("pallas_gpu", "mixed", "int8"),
+        ("pallas_triton", "mixed", "bfloat16"),
+        ("pallas_triton", "mixed", "int8"),
     ],
 )
 def test_a_backend_matches_float64_whatever_free_pages_hold(backend, case, dtype):

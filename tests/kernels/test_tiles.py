@@ -28,11 +28,17 @@ def test_what_the_rule_says_could_have_been_chosen(head_dim, longest):
     needs = GPU._replace(head_dim=head_dim)
     sizes = tiles.gpu_tiles(longest, head_dim, block=128)
     assert tiles.misfit("pallas_gpu", tuple(sizes), needs) == ""
+    for dtype in ("bfloat16", "float32", "int8"):
+        small = tiles.triton_tiles(longest, head_dim, block=128, dtype=dtype)
+        assert -(-longest // small.split) <= 16
+        assert tiles.misfit("pallas_triton", tuple(small), needs._replace(dtype=dtype)) == ""
     found = tiles.tpu_tiles(512, 8, head_dim, block=128, dtype="bfloat16")
     assert tiles.misfit("pallas_tpu", tuple(found), TPU._replace(head_dim=head_dim)) == ""
 
 
-@pytest.mark.parametrize(("backend", "needs"), [("pallas_gpu", GPU), ("pallas_tpu", TPU)])
+@pytest.mark.parametrize(
+    ("backend", "needs"), [("pallas_gpu", GPU), ("pallas_triton", GPU), ("pallas_tpu", TPU)]
+)
 def test_every_candidate_fits_and_is_taken_as_it_is(backend, needs):
     found = tiles.candidates(backend, needs, num_kv_heads=8, longest=2048)
     assert len(found) > 10 and len(set(found)) == len(found)
@@ -40,6 +46,8 @@ def test_every_candidate_fits_and_is_taken_as_it_is(backend, needs):
         assert tiles.misfit(backend, sizes, needs) == ""
         if backend == "pallas_gpu":
             assert tiles.gpu_tiles(2048, 128, block=128, chosen=sizes) == sizes
+        elif backend == "pallas_triton":
+            assert tiles.triton_tiles(2048, 128, block=128, chosen=sizes) == sizes
         else:
             taken = tiles.tpu_tiles(4096, 8, 128, block=128, dtype="bfloat16", chosen=sizes)
             assert taken == sizes
@@ -69,6 +77,11 @@ def test_chosen_splits_grow_before_they_are_too_many():
         ("pallas_gpu", (64, 320, 2), "divide split"),
         ("pallas_gpu", (64, 512, 1), "at least 2"),
         ("pallas_gpu", (128, 512, 6), "bytes on the chip"),
+        ("pallas_triton", (64, 48, 512, 4, 3), "powers of two"),
+        ("pallas_triton", (8, 32, 512, 4, 3), "at least 16"),
+        ("pallas_triton", (64, 32, 512, 32, 3), "warps at most 16"),
+        ("pallas_triton", (64, 32, 320, 4, 3), "divide split"),
+        ("pallas_triton", (64, 128, 512, 4, 5), "bytes on the chip"),
         ("pallas_tpu", (8, 20), "rows must be a multiple of 16"),
         ("pallas_tpu", (512, 256), "bytes on the chip"),
     ],
@@ -191,7 +204,7 @@ def test_a_kernel_computes_the_same_with_chosen_sizes(backend, sizes):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("backend", ["pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("backend", ["pallas_gpu", "pallas_triton", "pallas_tpu"])
 def test_a_kernel_computes_the_same_with_one_candidate_in_four(backend):
     case = Case(((0, 5), (60, 17), (150, 1)), page_size=16, block=128, longest=256)
     needs = GPU._replace(head_dim=case.head_dim)

@@ -15,7 +15,7 @@ from jaxinfer.bench.hardware.sizes import Sizes
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
-from jaxinfer.kernels.paged_attention import Needs
+from jaxinfer.kernels.paged_attention import Needs, pallas_triton
 
 _ERROR_LENGTH = 600
 T = TypeVar("T")
@@ -31,8 +31,11 @@ class Pretended(NamedTuple):
     interpreter: Place
 
 
-INTERPRETED = {"pallas_tpu": Pretended("tpu", "", pltpu.force_tpu_interpret_mode)}
-"""Kernels that run anywhere in a tiny check; the interpreter for GPUs has no public name yet."""
+INTERPRETED = {
+    "pallas_tpu": Pretended("tpu", "", pltpu.force_tpu_interpret_mode),
+    "pallas_triton": Pretended("gpu", "8.0", pallas_triton.interpreter),
+}
+"""Kernels that run anywhere in a tiny check; the interpreter for Hopper has no public name yet."""
 
 
 class Part:

@@ -152,6 +152,9 @@ def _entry(
         "pallas_gpu": lambda: tiles.gpu_tiles(
             longest, model.head_dim, block=needs.block, dtype=needs.dtype
         ),
+        "pallas_triton": lambda: tiles.triton_tiles(
+            longest, model.head_dim, block=needs.block, dtype=needs.dtype
+        ),
         "pallas_tpu": lambda: tiles.tpu_tiles(
             group * longest,
             model.num_kv_heads,

@@ -9,13 +9,13 @@ from jax import Array
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.paged_attention.needs import Needs, needs_here
 
-__all__ = ["AUTO", "BACKENDS", "Needs", "backend", "choose", "needs_here", "pick"]
+__all__ = ["AUTO", "BACKENDS", "Needs", "backend", "choose", "needs_here", "pick", "why_reference"]
 
 AUTO = "auto"
-BACKENDS = ("reference", "native", "pallas_tpu", "pallas_gpu")
+BACKENDS = ("reference", "native", "pallas_tpu", "pallas_triton", "pallas_gpu")
 """Modules of this package, all with a `paged_attention` of one signature: the reference's. All
 but the reference have a `refusal(needs)` that says why they can't serve an engine, or ""."""
-_BEST_FIRST = {"cpu": ("native",), "tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}
+_BEST_FIRST = {"cpu": ("native",), "tpu": ("pallas_tpu",), "gpu": ("pallas_gpu", "pallas_triton")}
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +55,14 @@ def choose(name: str, needs: Needs) -> str:
         log.warning("attention: not %s, which %s", candidate, reason)
     log.info("attention: reference, for %s", needs)
     return "reference"
+
+
+def why_reference(needs: Needs) -> str:
+    """Why `auto` is the reference; "" where it is a kernel of the platform's own."""
+    if pick(AUTO, needs) != "reference":
+        return ""
+    own = (f"{one} {_refusal(one, needs)}" for one in _BEST_FIRST.get(needs.platform, ()))
+    return "; ".join(own) or f"there is no other kernel for a {needs.platform}"
 
 
 def _refusal(name: str, needs: Needs) -> str:

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.dims import Leaf
-from jaxinfer.kernels.paged_attention import online, queries
+from jaxinfer.kernels.paged_attention import online, queries, splits
 from jaxinfer.kernels.paged_attention.needs import Needs
 from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.kernels.paged_attention.tiles import GPU_SMEM, GpuTiles, gpu_bytes, gpu_tiles
@@ -36,21 +36,10 @@ _ALIGNED = 128 // 4  # scales of a page that a copy can put anywhere
 class _Kind(NamedTuple):
     """What is the same for every row of a call."""
 
-    group: int
+    shape: splits.Shape
     page_size: int
-    tiles: GpuTiles
-    window: int
+    stages: int
     soft_cap: float
-
-
-class _Span(NamedTuple):
-    """Which blocks of keys a program reduces, and which keys its queries see."""
-
-    first_block: Array
-    end_block: Array
-    end: Array  # first position that the row does not own
-    start: Array  # of the row's first query
-    first_row: Array  # of the tile
 
 
 def paged_attention(
@@ -100,9 +89,10 @@ def paged_attention(
         k_arrived=arrivals,
         v_arrived=arrivals,
     )
+    shape = splits.Shape(_ROWS, group, sizes.keys, sizes.split, window)
     of_split = (batch, num_kv_heads, num_splits, num_tiles * _ROWS)
     run = plgpu.kernel(
-        functools.partial(_kernel, kind=_Kind(group, page_size, sizes, window, soft_cap)),
+        functools.partial(_kernel, kind=_Kind(shape, page_size, sizes.stages, soft_cap)),
         out_type=(
             jax.ShapeDtypeStruct(of_split, jnp.int32),
             jax.ShapeDtypeStruct(of_split, jnp.float32),
@@ -114,8 +104,7 @@ def paged_attention(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     top, total, sums = run(page_table, starts, lengths, q_BKRH, k_pages, v_pages)
-    in_splits = (jnp.swapaxes(leaf, 2, 3) for leaf in (top, total, sums))
-    merged = online.merge(*in_splits)
+    merged = splits.merged(top, total, sums)
     return queries.ungrouped(merged, lengths, num_queries=num_queries, group=group)
 
 
@@ -193,16 +182,16 @@ def _kernel(
     num_splits = top.shape[2]
     tile, split = lax.div(work, num_splits), lax.rem(work, num_splits)
     rows = pl.ds(tile * _ROWS, _ROWS)
-    span = _span(starts[row], lengths[row], tile * _ROWS, split, kind)
+    span = splits.span(starts[row], lengths[row], tile * _ROWS, split, kind.shape)
 
     def fetch(index: Array) -> None:
         """Starts the copies of a block; beyond the row's pages its last one comes again."""
-        slot = lax.rem(index - span.first_block, kind.tiles.stages)
+        slot = lax.rem(index - span.first_block, kind.stages)
         last = lax.div(span.end - 1, kind.page_size)
 
-        @pl.loop(0, kind.tiles.keys // kind.page_size)
+        @pl.loop(0, kind.shape.keys // kind.page_size)
         def _(part: Array) -> None:
-            number = lax.div(index * kind.tiles.keys, kind.page_size) + part
+            number = lax.div(index * kind.shape.keys, kind.page_size) + part
             page = table[row, jnp.minimum(number, last)]
             place = pl.ds(part * kind.page_size, kind.page_size)
             for pages, blocks, arrived in (
@@ -222,26 +211,26 @@ def _kernel(
     @pl.when(is_needed)
     def _() -> None:
         plgpu.copy_gmem_to_smem(q.at[row, head, rows], q_tile, q_arrived)
-        first_end = jnp.minimum(span.first_block + kind.tiles.stages, span.end_block)
+        first_end = jnp.minimum(span.first_block + kind.stages, span.end_block)
         pl.loop(span.first_block, first_end)(fetch)
         plgpu.barrier_wait(q_arrived)
 
     def one_block(index: Array, softmax: Any) -> Any:
-        slot = lax.rem(index - span.first_block, kind.tiles.stages)
-        first_key = index * kind.tiles.keys
+        slot = lax.rem(index - span.first_block, kind.stages)
+        first_key = index * kind.shape.keys
         plgpu.barrier_wait(k_arrived.at[slot])
         k_block, k_scales = _read(k_blocks, slot, values)
         logits = _logits(q_tile, k_block, k_scales, first_key, span, kind)
         plgpu.barrier_wait(v_arrived.at[slot])
         v_block, v_scales = _read(v_blocks, slot, values)
         if v_scales is None:
-            is_last = first_key + kind.tiles.keys > span.end
+            is_last = first_key + kind.shape.keys > span.end
             pl.when(is_last)(lambda: _forget(v_block, span.end - first_key))
         else:
             key = _iota(v_scales.shape, 1) + first_key
             v_scales = jnp.where(key < span.end, v_scales, 0.0)
         softmax = _reduce(logits, v_block, v_scales, softmax)
-        following = index + kind.tiles.stages
+        following = index + kind.stages
         pl.when(following < span.end_block)(lambda: fetch(following))
         return softmax
 
@@ -261,18 +250,6 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def _span(start: Array, length: Array, first_row: Array, split: Array, kind: _Kind) -> _Span:
-    keys, size = kind.tiles.keys, kind.tiles.split
-    end = jnp.where(length > 0, start + length, 0)
-    last_seen = start + lax.div(first_row + _ROWS - 1, kind.group)
-    seen_end = jnp.minimum(jnp.minimum(end, last_seen + 1), (split + 1) * size)
-    first = split * size
-    if kind.window:
-        first = jnp.maximum(first, start + lax.div(first_row, kind.group) - kind.window + 1)
-    first_block, end_block = lax.div(first, keys), lax.div(seen_end + keys - 1, keys)
-    return _Span(first_block, jnp.maximum(first_block, end_block), end, start, first_row)
 
 
 def _nothing(head_dim: int) -> tuple[Array, ...]:
@@ -315,11 +292,11 @@ def _logits(
     k_block: Any,
     scales: Array | None,
     first_key: Array,
-    span: _Span,
+    span: splits.Span,
     kind: _Kind,
 ) -> Array:
     """What the queries of a tile make of a block of keys: -inf where they don't see them."""
-    shape = (_ROWS, kind.tiles.keys)
+    shape = (_ROWS, kind.shape.keys)
 
     def product(sums: Any) -> Array:
         plgpu.wgmma(sums, q_tile, k_block.transpose((1, 0)))
@@ -328,11 +305,7 @@ def _logits(
     logits = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     if scales is not None:
         logits = logits * scales
-    last = span.start + lax.div(_iota(shape, 0) + span.first_row, jnp.int32(kind.group))
-    key = _iota(shape, 1) + first_key
-    seen = (key <= last) & (key < span.end)
-    if kind.window:
-        seen &= key > last - kind.window
+    seen = splits.sees(_iota(shape, 0), _iota(shape, 1) + first_key, span, kind.shape)
     return jnp.where(seen, online.capped(logits, kind.soft_cap), -jnp.inf)
 
 

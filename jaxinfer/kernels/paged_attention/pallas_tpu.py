@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.dims import Leaf
 from jaxinfer.kernels.paged_attention import online, queries
 from jaxinfer.kernels.paged_attention.needs import Needs
-from jaxinfer.kernels.paged_attention.rounded import SCALE_BYTES, Rounded
+from jaxinfer.kernels.paged_attention.rounded import Rounded, values_dtype
 from jaxinfer.kernels.paged_attention.tiles import TPU_VMEM, TpuTiles, tpu_bytes, tpu_tiles
 
 _DTYPES = ("bfloat16", "float32", "int8")  # Mosaic can't load float16 (libtpu 0.0.42)
@@ -64,7 +64,7 @@ def paged_attention(
     batch, num_queries, num_heads, head_dim = q.shape
     stored = k_pages.codes if isinstance(k_pages, Rounded) else k_pages
     num_kv_heads, _, page_size, width = stored.shape
-    group, dtype = num_heads // num_kv_heads, _values_dtype(k_pages, load)
+    group, dtype = num_heads // num_kv_heads, values_dtype(k_pages, load)
     sizes = tpu_tiles(
         num_queries * group, num_kv_heads, width, block=block, dtype=stored.dtype, chosen=tiles
     )
@@ -133,14 +133,6 @@ def _refusal_of_rounded(needs: Needs) -> str:
             f"engine.cache.page_size to {_LANES}"
         )
     return ""
-
-
-def _values_dtype(pages: Leaf, load: Callable[..., Array]) -> Any:
-    """What the values of pages are multiplied in."""
-    if not isinstance(pages, Rounded):
-        return jax.eval_shape(load, jax.ShapeDtypeStruct((8, 128), pages.dtype)).dtype
-    parts = (jax.ShapeDtypeStruct((8, size), jnp.int8) for size in (128, SCALE_BYTES))
-    return jax.eval_shape(load, *parts).dtype
 
 
 def _kernel(

@@ -4,8 +4,10 @@ On a CPU the bits of a scale lie behind its codes, where a read finds both. Kern
 whole find scales in a pool of their own: rows of codes are whole lanes then, and copies aligned.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -49,3 +51,11 @@ def unpack(
     """The values that codes stand for, given the bits of their scale; rounded once, to `dtype`."""
     factor = lax.bitcast_convert_type(scale, jnp.float32)[..., None]
     return (codes.astype(jnp.float32) * factor).astype(dtype)
+
+
+def values_dtype(pages: Leaf, load: Callable[..., Array]) -> Any:
+    """What the values of pages are multiplied in, given their `load` (see paged attention)."""
+    if not isinstance(pages, Rounded):
+        return jax.eval_shape(load, jax.ShapeDtypeStruct((8, 128), pages.dtype)).dtype
+    parts = (jax.ShapeDtypeStruct((8, size), jnp.int8) for size in (128, SCALE_BYTES))
+    return jax.eval_shape(load, *parts).dtype
