@@ -163,7 +163,7 @@ def _static(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    from jaxinfer.bench import curve
+    from jaxinfer.bench import curve, workloads
     from jaxinfer.bench.page import Page
     from jaxinfer.bench.variants import Variants, with_engine
 
@@ -172,6 +172,9 @@ def _static(
     with progress.shown() as show:
         variants = Variants(config.model, progress=show)
         config, load = fitted(variants, config, keep, wanted)
+        longest = curve.in_shape(load, config.engine.num_slots)
+        room = workloads.fitted(config.engine, longest, keep=keep)
+        config = replace(config, engine=room)
         found = curve.against_static(
             variants.engine(with_engine(config, batching="continuous")),
             variants.engine(with_engine(config, batching="static")),

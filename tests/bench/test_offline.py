@@ -109,7 +109,20 @@ def test_static_batches_give_the_same_answers_in_more_steps(engine):
     assert answers == same and one.num_steps > other.num_steps
     found = curve.against_static(engine, static, LOAD, model="tiny", rounds=2)
     assert len(found.ratios) == 2 and found.as_dict()["bar"] == curve.STATIC_BAR
-    assert "static" in screen_of([curve.static_sheet(found)])
+    assert "static, ended rows left out" in screen_of([curve.static_sheet(found)])
+
+
+def test_a_static_batch_keeps_its_shape_until_its_longest_answer_has_ended(engine):
+    shaped = curve.in_shape(LOAD, 2).calls(0)
+    plain = LOAD.calls(0)
+    assert [call.prompt for call in shaped] == [call.prompt for call in plain]
+    wanted = [call.num_output_tokens for call in plain]
+    pairs = [wanted[first : first + 2] for first in range(0, len(wanted), 2)]
+    longest = [max(pair) for pair in pairs for _ in pair]
+    assert [call.num_output_tokens for call in shaped] == longest != wanted
+    static = small.make_engine(batching="static")
+    rows = offline.serve(static, shaped)[0].decode_padding
+    assert rows < offline.serve(static, plain)[0].decode_padding
 
 
 def test_the_command_measures_a_file_and_writes_a_page(engine, tmp_path, capsys, monkeypatch):
