@@ -181,10 +181,8 @@ def load_engine(
     Processes that share the model `agree` on which programs to load.
     """
     ahead = _Ahead(config, agree)
-    checkpoint = weights.load(
-        config.model,
-        dtype=config.engine.compute_dtype,
-        quant=config.quant.scheme,
+    checkpoint = gate.load(
+        config,
         sharding=None if sharding.is_plain(config.mesh) else sharding.placement(config.mesh),
         fit=partial(sharding.fit, config=config.mesh),
         progress=progress,
@@ -239,11 +237,7 @@ class _Ahead:
             self.store = replace(self.store, agree=agree)
 
     def begin(self, source: weights.Source) -> None:
-        """Loads the stored programs on other threads.
-
-        First of all it refuses a model whose quality report misses a bound.
-        """
-        gate.check(source, self._config.quant)
+        """Loads the stored programs on other threads."""
         if self.store is not None:
             engine, mesh = self._config.engine, self._config.mesh
             model = sharding.fit(source.config, mesh)

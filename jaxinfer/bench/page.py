@@ -1,7 +1,7 @@
 """Figures for people: one description of tables, shown on the terminal and as an HTML page."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -15,7 +15,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table; its first column is text, the others are figures."""
+    """A table; its first column is text, the others are figures but for `texts`."""
 
     title: str
     columns: Row
@@ -23,6 +23,15 @@ class Sheet:
     notes: tuple[str, ...] = ()
     breaks: frozenset[int] = frozenset()
     """Rows after which a line is drawn."""
+    texts: frozenset[int] = frozenset()
+    """Columns that are text too."""
+    marks: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """On a page, of cells by row and column: good, bad or head."""
+
+    def css(self, row: int, column: int) -> str:
+        """The classes of a cell."""
+        kind = "text" if column in self.texts else ""
+        return f"{kind} {self.marks.get((row, column), '')}".strip()
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class Page:
 def shown(sheet: Sheet) -> Group:
     """For the terminal."""
     found = Table(*sheet.columns)
-    for column in found.columns[1:]:
-        column.justify = "right"
+    for number, column in enumerate(found.columns):
+        column.justify = "right" if number and number not in sheet.texts else "left"
     for number, row in enumerate(sheet.rows):
         found.add_row(*row, end_section=number in sheet.breaks)
     notes = (Text(note, style="dim") for note in sheet.notes)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,9 @@ def start_here(
     import jax
 
     from jaxinfer import compile as programs_of
-    from jaxinfer import models, spec, weights
+    from jaxinfer import models, spec
     from jaxinfer.engine import Engine
+    from jaxinfer.quality import gate
     from jaxinfer.store import open_store
     from jaxinfer.weights.demo import DEMOS
 
@@ -79,7 +80,7 @@ def start_here(
     started = time.perf_counter()
     shape, dtype = DEMOS["smollm2-135m"].config, config.engine.compute_dtype
     if model:
-        checkpoint = weights.load(model, dtype=dtype)
+        checkpoint = gate.load(replace(config, model=model))
         shape, params = checkpoint.config, checkpoint.params
     else:
         params = spec.initialise(models.module_of(shape).spec(shape), jax.random.key(0), dtype)

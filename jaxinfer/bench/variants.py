@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxinfer import config as settings
-from jaxinfer import weights
 from jaxinfer.bench import memory
 from jaxinfer.config import Config
 from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError
+from jaxinfer.quality import gate
 from jaxinfer.store import find_store
 from jaxinfer.text.tokenizer import Tokenizer
 from jaxinfer.weights import Checkpoint
@@ -34,14 +34,13 @@ class Variants:
         self._store = find_store(settings.cache_dir() / "programs")
 
     def checkpoint(self, config: Config) -> Checkpoint:
-        """The weights that a config asks for."""
+        """The weights that a config asks for, if their quality report lets them in."""
         if config.mesh.rules:
             raise ConfigError("engines beside each other are on one device; leave mesh.rules out")
         kind = Kind(config.quant.scheme, config.engine.compute_dtype)
         if kind not in self._checkpoints:
-            self._checkpoints[kind] = weights.load(
-                self._model, dtype=kind.dtype, quant=config.quant.scheme, progress=self._progress
-            )
+            wanted = replace(config, model=self._model)
+            self._checkpoints[kind] = gate.load(wanted, progress=self._progress)
         return self._checkpoints[kind]
 
     def tokenizer(self, config: Config) -> Tokenizer:

@@ -38,7 +38,8 @@ def ablate(
         W1, W2, W3, W4, or a JSONL file of prompts.
     levers
         Only these: batching, overlap, "prefix cache", interleaving, "chunk sizes", "row counts",
-        "true lengths", "fast bits", w8a8, w8a16, "int8 pages".
+        "true lengths", "attention kernel", "native products", "fast bits", w8a8, w8a16,
+        "int8 pages". What makes no difference on this machine is left out, with the reason.
     rounds
         Rounds, after one that does not count; medians and half of the middle half are shown.
     requests
@@ -62,6 +63,7 @@ def ablate(
         raise ConfigError("--rounds and --output-tokens must be at least 1, --quality-tokens 0")
     config, keep = common.load(), asked_for(common)
     check_page(html)
+    from jaxinfer import weights
     from jaxinfer.bench import page as pages
     from jaxinfer.bench.ablate import levers as table
     from jaxinfer.bench.ablate import shown
@@ -76,12 +78,14 @@ def ablate(
     with progress.shown() as show:
         made = Variants(config.model, progress=show)
         config, load = fitted(made, config, keep, Wanted(workload, requests, output_tokens, chat))
+        chosen, left_out = table.usable(chosen, config, weights.shape_of(config.model)[1])
         report = measure(
             made,
             config,
             chosen,
             load,
             model=made.checkpoint(config).name,
+            left_out=left_out,
             rounds=rounds,
             alone=not quick,
             slo=slo_of(slo),

@@ -33,6 +33,8 @@ def compile(
     """Builds every program of the settings, so that the next start loads them.
 
     No weights are read: a program depends on their shapes. A second run finds all of them stored.
+    Nor is a model's quality report: it is the start that refuses a model, and its programs are
+    those of any other of this shape.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich import box
 from rich.table import Table
 
 from jaxinfer.cli import progress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from jaxinfer.weights import Checkpoint
 
 MISSED = 1  # exit code
+NAME_WIDTH = 15  # of a kind of text; a path goes on in the next line
 
 
 def validate(
@@ -36,6 +38,7 @@ def validate(
     The report of a folder that `jaxinfer quantize` wrote is stored in it; a load looks there. With
     --quant an ordinary model is compared with itself, quantised; that stores nothing. With
     --engine.cache.dtype int8 the candidate keeps keys and values in int8, the reference does not.
+    The gate of quality, which looks at that report, lets both in: it could never be made anew else.
 
     Parameters
     ----------
@@ -132,14 +135,22 @@ def say(found: "Report", settings: "Config", paths: list[Path], *, as_json: bool
 def table(found: "Report") -> Table:
     """One row a text, and one a kind of the bundled text."""
     title = f"{found.candidate} as {found.scheme}, against {found.reference}"
-    columns = ("text", "tokens", "mean KL", "p99", "top-1", "perplexity", "ratio", "lost, gained")
-    made = Table(*columns, title=title, title_justify="left")
-    made.columns[0].overflow = "fold"
+    columns = ("text", "tokens", "mean KL", "p99", "top-1", "perplexity", "ratio", "lost", "gained")
+    made = Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        caption="±: half of a 95 % interval; lost, gained: tokens only one has right",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    made.columns[0].overflow, made.columns[0].min_width = "fold", NAME_WIDTH
     for column in made.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    for one in found.texts:
-        made.add_row(*_row(one))
-    made.add_section()
+    for number, one in enumerate(found.texts, start=1):
+        made.add_row(*_row(one), end_section=number == len(found.texts))
     for one in found.kinds:
         made.add_row(*_row(replace(one, name=f"  {one.name}")))
     return made
@@ -154,10 +165,11 @@ def _row(one: "Figures") -> tuple[str, ...]:
         _spread(one.top1, "{:.2%}"),
         f"{one.reference_perplexity:.2f}",
         _spread(one.perplexity_ratio, "{:.4f}"),
-        f"{one.num_lost}, {one.num_gained}",
+        str(one.num_lost),
+        str(one.num_gained),
     )
 
 
 def _spread(one: "Interval", form: str) -> str:
-    """A figure and half the width of its interval."""
-    return f"{form.format(one.value)} ±{form.format((one.high - one.low) / 2)}"
+    """A figure, and under it half the width of its interval: a terminal is no wider."""
+    return f"{form.format(one.value)}\n±{form.format((one.high - one.low) / 2)}"

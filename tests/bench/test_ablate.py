@@ -3,19 +3,25 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 from rich.console import Console
 
-from jaxinfer import cli
+from jaxinfer import cli, fingerprint
 from jaxinfer.bench import page, variants
 from jaxinfer.bench.ablate import judged, levers, measure, shown
 from jaxinfer.bench.workloads import Call, Workload
+from jaxinfer.cli.ablate import ablate
 from jaxinfer.config import Config, EngineConfig, QuantConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.workload import SLO
+from jaxinfer.kernels import native
 from tests import cli_model, tiny
 from tests.bench import small
 
+needs_native = pytest.mark.skipif(
+    bool(native.refusal()), reason=f"no native kernels: {native.refusal()}"
+)
 LOAD = Workload(
     "few",
     "four requests",
@@ -59,6 +65,58 @@ def test_quantisation_schemes_do_not_switch_each_other_off():
     assert lever.on(given).quant.scheme == "w8a8"
 
 
+def kernels_of(config: Config) -> tuple[str, str]:
+    """Who attends and who multiplies in an engine with these settings."""
+    engine = fingerprint.settle(tiny.MODEL, config.engine, jax.devices()[:1]).engine
+    return engine.attention, engine.products
+
+
+@needs_native
+def test_levers_of_kernels_change_who_attends_and_who_multiplies():
+    attention, products = levers.find(("attention kernel", "native products"))
+    plain = levers.plain(Config(), levers.LEVERS)
+    assert kernels_of(plain) == ("reference", "xla")
+    assert kernels_of(attention.on(plain)) == ("native", "xla")
+    if not native.lacks("avx512_bf16"):
+        assert kernels_of(products.on(plain)) == ("reference", "native")
+    given = Config(engine=EngineConfig(attention="native", products="native"))
+    assert attention.on(given) == products.on(given) == given
+    assert attention.off(given).engine.attention == "reference"
+    assert products.off(given).engine.products == "xla"
+    tuned = Config(engine=EngineConfig(attention="pallas_gpu", tiles="mine.json"))
+    assert attention.off(tuned).engine.tiles == "", "the reference has no tiles"
+
+
+def test_levers_that_make_no_difference_are_left_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(native, "refusal", lambda: "no C++ compiler is installed")
+    stored = dataclasses.replace(tiny.MODEL, quant="w8a8")
+    found, left_out = levers.usable(levers.LEVERS, Config(), stored)
+    assert set(left_out) == {"attention kernel", "native products", "w8a8"}
+    assert not {lever.name for lever in found} & set(left_out)
+    assert "can't be had: no C++ compiler" in left_out["attention kernel"]
+    assert left_out["native products"] == "no C++ compiler is installed"
+    assert left_out["w8a8"] == "the checkpoint is w8a8 already"
+    kernels = levers.find(("attention kernel", "native products"))
+    with pytest.raises(ConfigError, match=r"no lever is left to switch: attention kernel: native"):
+        levers.usable(kernels, Config(), tiny.MODEL)
+    given = Config(engine=EngineConfig(compute_dtype="float32"))
+    products = levers.find(("overlap", "native products"))
+    assert levers.usable(products, given, tiny.MODEL)[1] == {
+        "native products": "weights in float32 are XLA's"
+    }
+
+
+@needs_native
+def test_where_native_code_is_had_its_levers_are_there():
+    given = Config(quant=QuantConfig(scheme="w8a8"))
+    assert levers.usable(levers.LEVERS, given, tiny.MODEL) == (levers.LEVERS, {})
+
+
+def test_the_commands_help_names_every_lever():
+    said = " ".join(str(ablate.__doc__).split())
+    assert all(lever.name in said for lever in levers.LEVERS)
+
+
 def test_a_lever_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="no lever 'turbo'; there are: batching, overlap"):
         levers.find(("overlap", "turbo"))
@@ -81,6 +139,7 @@ def measured(setting, names, *, judge=lambda config: None):
         levers.find(names),
         LOAD,
         model="tiny",
+        left_out={"native products": "no C++ compiler is installed"},
         rounds=2,
         slo=SLO(ttft_s=9.0),
         judge=judge,
@@ -146,6 +205,7 @@ def test_the_matrix_fits_on_a_terminal(report, width):
     row = next(line for line in lines if line.startswith("with int8 pages"))
     assert "KL" in row and "…" not in row
     assert sum("exact" in line.split() for line in lines) >= 5
+    assert "left out, native products: no C++ compiler is installed" in lines
 
 
 def test_json_and_page_have_every_row(report):
@@ -153,7 +213,22 @@ def test_json_and_page_have_every_row(report):
     assert [row["name"] for row in found["rows"]] == [row.name for row in report.rows]
     assert found["rows"][1]["ratios"]["tokens_per_s"]["middle"] > 0
     html = page.html(shown.page(report))
+    assert found["left_out"] == {"native products": "no C++ compiler is installed"}
+    assert "left out, native products: no C++" in html
     assert all(row.name in html for row in report.rows) and "engine.overlap=false" in html
+
+
+def test_a_page_marks_what_is_clearly_better_or_worse_and_what_it_is_compared_with(report):
+    slower = {name: measure.Ratio(1.9, 2.0, 2.1) for name in measure.FIGURES}
+    rows = (report.rows[0], dataclasses.replace(report.rows[1], ratios=slower))
+    marks = shown.page(dataclasses.replace(report, rows=rows)).sheets[0].marks
+    assert {mark for (row, _), mark in marks.items() if row == 0} == {"head"}
+    assert [marks[1, column] for column in range(1, 6)] == ["bad", "bad", "bad", "good", "good"]
+    once = {name: measure.Ratio(2.0, 2.0, 2.0) for name in measure.FIGURES}
+    rows = (rows[0], dataclasses.replace(rows[1], ratios=once))
+    sheet = shown.page(dataclasses.replace(report, rows=rows, rounds=1)).sheets[0]
+    assert {row for row, _ in sheet.marks} == {0}, "one round has no spread"
+    assert sheet.rows[1][1] == "2.00"
 
 
 def test_only_one_engine_has_pages_at_a_time(setting):

@@ -9,7 +9,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
 from tests.bits import world
-from tests.bits.world import Answer, Faults
+from tests.bits.world import Answer, Faults, Kind
 
 NUM_STEPS = 200
 REQUESTS = world.make_requests(48, seed=9)
@@ -17,7 +17,7 @@ REQUESTS = world.make_requests(48, seed=9)
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return world.shared_engine(request.param)
+    return world.shared_engine(Kind(request.param))
 
 
 @pytest.fixture(scope="module")

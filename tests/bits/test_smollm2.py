@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from jaxinfer.host.request import SamplingParams
 from jaxinfer.llm import LLM, Completion
 from tests import demo_model
 from tests.bits import world
-from tests.bits.world import Answer
+from tests.bits.world import Answer, Kind
 from tests.demo_model import shared_llm
 
 FILE = Path(__file__).parent.parent / "golden" / "spec_bench" / "prompts.jsonl"
@@ -44,18 +43,27 @@ def _answer(completion: Completion) -> Answer:
     return Answer(completion.token_ids, completion.logprobs, completion.finish_reason)
 
 
+NATIVE = [
+    pytest.param(kind, marks=[pytest.mark.full, world.native_only], id=str(kind))
+    for kind in world.NATIVE_KINDS
+]
+
+
+def test_a_batch_of_32_gives_a_few_prompts_the_bits_that_each_gets_alone() -> None:
+    check_batches(Kind("bfloat16"), 10)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("count", "dtype"),
-    [
-        (10, "bfloat16"),
-        pytest.param(200, "bfloat16", marks=pytest.mark.full),
-        pytest.param(200, "float32", marks=pytest.mark.full),
-    ],
+    "kind", [*(pytest.param(Kind(name), id=name) for name in ("bfloat16", "float32")), *NATIVE]
 )
-def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
-    count: int, dtype: Any
-) -> None:
-    llm = shared_llm(dtype)
+def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(kind: Kind) -> None:
+    check_batches(kind, 200)
+
+
+def check_batches(kind: Kind, count: int) -> None:
+    """Fails where one of `count` prompts has other bits than alone."""
+    llm = shared_llm(**kind._asdict())
     every = prompts(llm)
     assert len(every) == 200
     step = len(every) // count
@@ -70,13 +78,16 @@ def test_a_batch_of_32_gives_each_prompt_the_bits_that_it_gets_alone(
         assert len(alone.tokens) == NUM_TOKENS
         if bits := world.differing_bits(together[number], alone):
             differing[number] = bits
+    print(kind, count, "prompts,", len(differing), "differ")
     assert not differing
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prefill_of_each_prefix_samples_what_a_decode_did(dtype: Any) -> None:
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(Kind(name), id=name) for name in ("float32", "bfloat16")), *NATIVE]
+)
+def test_a_prefill_of_each_prefix_samples_what_a_decode_did(kind: Kind) -> None:
     """What a preemption, a failure or a restart computes again: one row here, eight there."""
-    llm = shared_llm(dtype)
+    llm = shared_llm(**kind._asdict())
     prompt = prompts(llm)[0][:90]
     plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=0)
     whole = _answer(llm._finish([llm._request(prompt, plain)])[0])

@@ -10,7 +10,7 @@ import pytest
 from jaxinfer.engine import Engine
 from jaxinfer.host.request import FinishReason, Request
 from tests.bits import world
-from tests.bits.world import Answer, Faults
+from tests.bits.world import Answer, Faults, Kind
 
 # Distinct requests, and arrivals at each set-up and dtype.
 FEWEST, FEW, MANY = (12, 30), (60, 125), (300, 1250)
@@ -71,7 +71,7 @@ def chaos(
 def test_no_bit_differs_from_alone(
     dtype: str, size: tuple[int, int], setups: tuple[int, ...]
 ) -> None:
-    check(dtype, size, setups)
+    check(Kind(dtype), size, setups)
 
 
 @pytest.mark.parametrize(
@@ -85,20 +85,28 @@ def test_no_bit_differs_from_alone(
 def test_no_bit_differs_from_alone_with_int8_pages(
     dtype: str, size: tuple[int, int], setups: tuple[int, ...]
 ) -> None:
-    check(dtype, size, setups, pages="int8")
+    check(Kind(dtype, pages="int8"), size, setups)
 
 
-def check(dtype: str, size: tuple[int, int], setups: tuple[int, ...], pages: str = "auto") -> None:
+@pytest.mark.full  # in the first tier tests/kernels has an engine with each of them
+@world.native_only
+@pytest.mark.parametrize("kind", world.NATIVE_KINDS, ids=str)
+def test_no_bit_differs_from_alone_with_native_kernels(kind: Kind) -> None:
+    setups = world.SETUPS if kind.pages == "auto" else world.INT8_SETUPS
+    check(kind, MANY, tuple(range(len(setups))))
+
+
+def check(kind: Kind, size: tuple[int, int], setups: tuple[int, ...]) -> None:
     """Fails where an answer has other bits than alone, or where too little has happened."""
     num_distinct, num_arrivals = size
     requests = world.make_requests(num_distinct, seed=5)
     seen, expected = Counter[str](), {}
     for setup in setups:
-        engine = world.shared_engine(dtype, setup, pages=pages)
+        engine = world.shared_engine(kind, setup)
         if not expected:
             expected = {one.request_id: world.alone(engine, one) for one in requests}
         seen += chaos(engine, requests, expected, count=num_arrivals, seed=setup)
-    print(dtype, dict(seen))
+    print(kind, dict(seen))
     assert seen["differing_bits"] == 0, dict(seen)
     assert seen["compiles"] == 0
     assert seen["requests"] == num_arrivals * len(setups)
@@ -126,7 +134,7 @@ def test_a_single_bit_is_counted() -> None:
 
 @pytest.mark.parametrize("pages", ["auto", "int8"])
 def test_poison_would_be_seen(pages: str) -> None:
-    engine = world.shared_engine("bfloat16", pages=pages)
+    engine = world.shared_engine(Kind("bfloat16", pages=pages))
     request = world.make_requests(1, seed=1)[0]
 
     def spoil(step: int) -> None:

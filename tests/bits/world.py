@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxinfer.cache import Cache
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig, Scheme
 from jaxinfer.engine import Engine
 from jaxinfer.host.request import FinishReason, Output, Request
 from jaxinfer.inputs import StepOutput
+from jaxinfer.kernels import native
+from jaxinfer.kernels.native import NATIVE
+from jaxinfer.weights.assemble import quantise_leaves
 from tests import tiny
 
 # Small on purpose: XLA:CPU of jax 0.10 hands a reduction of 4,096 elements or more to another
@@ -48,6 +52,34 @@ INT8_SETUPS: tuple[dict[str, Any], ...] = (
 _NAN_BITS = {jnp.dtype(jnp.uint16): 0x7FC0, jnp.dtype(jnp.int8): -1}
 
 
+class Kind(NamedTuple):
+    """What an engine computes with."""
+
+    dtype: str
+    kernels: str = "auto"
+    """native: attention, products and the likeliest tokens in C++, and refused without it."""
+    weights: Scheme = "none"
+    pages: str = "auto"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The kernels, as settings of an engine."""
+        return {"attention": NATIVE, "products": NATIVE} if self.kernels == NATIVE else {}
+
+    def __str__(self) -> str:
+        return "-".join(part for part in self if part not in ("auto", "none"))
+
+
+NATIVE_KINDS = tuple(
+    Kind("bfloat16", NATIVE, weights, pages)
+    for weights in ("none", "w8a8")
+    for pages in ("auto", "int8")
+)
+native_only = pytest.mark.skipif(
+    bool(native.lacks("avx512_bf16")), reason=f"no native kernels: {native.lacks('avx512_bf16')}"
+)
+
+
 class Answer(NamedTuple):
     """All that a request got."""
 
@@ -72,18 +104,29 @@ def make_config(dtype: str, **changes: Any) -> EngineConfig:
 
 
 @functools.cache
-def shared_engine(dtype: str, setup: int = 0, *, pages: str = "auto") -> Engine:
+def shared_engine(kind: Kind, setup: int = 0) -> Engine:
     """An engine that several tests use, one after the other."""
-    return make_engine(dtype, **(SETUPS if pages == "auto" else INT8_SETUPS)[setup])
+    return make_engine(kind, **(SETUPS if kind.pages == "auto" else INT8_SETUPS)[setup])
 
 
-def make_engine(dtype: str, **changes: Any) -> Engine:
+def make_engine(kind: Kind, **changes: Any) -> Engine:
     """An engine whose programs all agree: its self-test has dropped none."""
-    config = make_config(dtype, **changes)
-    params = tiny.params(dtype, MODEL)
-    engine = Engine(params, MODEL, tiny.TokenText(), config, store=tiny.store())
+    config = make_config(kind.dtype, **kind.chosen, **changes)
+    model = replace(MODEL, quant=kind.weights)
+    engine = Engine(make_params(kind), model, tiny.TokenText(), config, store=tiny.store())
     assert engine.self_test.dropped == (), "all programs agree, so the self-test dropped none"
+    if kind.kernels == NATIVE:
+        assert (engine.config.attention, engine.config.products) == (NATIVE, NATIVE)
     return engine
+
+
+def make_params(kind: Kind) -> Any:
+    """The model's weights, rounded where that is asked for."""
+    plain = tiny.params(kind.dtype, MODEL)
+    if kind.weights == "none":
+        return plain
+    leaves = quantise_leaves(jax.tree.leaves(plain), replace(MODEL, quant=kind.weights))
+    return jax.tree.unflatten(jax.tree.structure(plain), leaves)
 
 
 def make_requests(count: int, *, seed: int) -> list[Request]:

@@ -7,10 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxinfer.config import MIN_ROWS, Config
+import jax
+
+from jaxinfer import fingerprint
+from jaxinfer.config import MIN_ROWS, Config, ModelConfig, Scheme
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import paged_attention
+from jaxinfer.kernels.products import NATIVE
+from jaxinfer.weights.checkpoint import quantised
 
 Change = Callable[[Config], Config]
+Missing = Callable[[Config, ModelConfig], str]
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,9 @@ class Lever:
     on: Change
     off: Change
     """The plain form: with all levers off an engine is as simple as this one can be."""
+    missing: Missing = lambda config, model: ""
+    """Why switching it changes nothing on this machine, or with this model as its checkpoint has
+    it; "" where it does."""
 
     def is_on(self, config: Config) -> bool:
         """Whether switching it off changes anything."""
@@ -36,6 +46,18 @@ def find(names: tuple[str, ...]) -> tuple["Lever", ...]:
     if unknown:
         raise ConfigError(f"no lever {unknown[0]!r}; there are: {', '.join(there)}")
     return tuple(lever for lever in LEVERS if not names or lever.name in names)
+
+
+def usable(
+    levers: tuple[Lever, ...], config: Config, model: ModelConfig
+) -> tuple[tuple[Lever, ...], dict[str, str]]:
+    """Those that make a difference, and why the others don't; `model` is the checkpoint's."""
+    reasons = {lever.name: lever.missing(config, model) for lever in levers}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    if levers and len(left_out) == len(levers):
+        said = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ConfigError(f"no lever is left to switch: {said}")
+    return tuple(lever for lever in levers if lever.name not in left_out), left_out
 
 
 def plain(config: Config, levers: tuple[Lever, ...]) -> Config:
@@ -61,6 +83,36 @@ def _quant(scheme: str) -> Change:
 def _unquant(scheme: str) -> Change:
     """None instead of this scheme; another one stays."""
     return lambda config: _quant("none")(config) if config.quant.scheme == scheme else config
+
+
+def _stored_as(scheme: Scheme) -> Missing:
+    return lambda config, model: (
+        f"the checkpoint is {scheme} already" if model.quant == scheme else ""
+    )
+
+
+def _own_kernel(config: Config) -> Config:
+    is_plain = config.engine.attention == "reference"
+    return _engine(attention="auto")(config) if is_plain else config
+
+
+def _no_own_kernel(config: Config, model: ModelConfig) -> str:
+    return paged_attention.why_reference(fingerprint.needs_of(model, config.engine))
+
+
+def _own_products(config: Config) -> Config:
+    return _engine(products="auto")(config) if config.engine.products == "xla" else config
+
+
+def _no_own_products(config: Config, model: ModelConfig) -> str:
+    if config.engine.products not in ("auto", "xla"):
+        return ""
+    as_loaded = quantised(model, config.quant.scheme)
+    engine = replace(config.engine, products="auto")
+    found = fingerprint.settle(as_loaded, engine, jax.devices()[:1])
+    if found.engine.products == NATIVE:
+        return ""
+    return found.reason or f"weights in {engine.compute_dtype} are XLA's"
 
 
 def _one_chunk_size(config: Config) -> Config:
@@ -140,6 +192,20 @@ LEVERS = (
         off=_whole_table,
     ),
     Lever(
+        "attention kernel",
+        "attention by the platform's own kernel, C++ on a CPU, not by plain JAX",
+        on=_own_kernel,
+        off=_engine(attention="reference", tiles="", attention_tiles=()),
+        missing=_no_own_kernel,
+    ),
+    Lever(
+        "native products",
+        "products and the likeliest tokens by C++ that is built here, not by XLA",
+        on=_own_products,
+        off=_engine(products="xla"),
+        missing=_no_own_products,
+    ),
+    Lever(
         "fast bits",
         "gives up that an answer's bits never depend on its neighbours",
         on=_engine(bits="fast"),
@@ -150,12 +216,14 @@ LEVERS = (
         "int8 weights and activations",
         on=_quant("w8a8"),
         off=_unquant("w8a8"),
+        missing=_stored_as("w8a8"),
     ),
     Lever(
         "w8a16",
         "int8 weights, activations of two int8",
         on=_quant("w8a16"),
         off=_unquant("w8a16"),
+        missing=_stored_as("w8a16"),
     ),
     Lever(
         "int8 pages",

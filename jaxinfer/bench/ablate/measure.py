@@ -85,6 +85,8 @@ class Report:
     slo: SLO
     levers: dict[str, str]
     """What each lever does."""
+    left_out: dict[str, str]
+    """Levers that make no difference here, and why."""
     rows: tuple[Row, ...]
 
 
@@ -128,6 +130,7 @@ def measure(
     workload: Workload,
     *,
     model: str,
+    left_out: dict[str, str] | None = None,
     rounds: int = 3,
     alone: bool = True,
     slo: SLO = SLO(ttft_s=2.0, tpot_s=0.1),  # noqa: B008
@@ -160,6 +163,7 @@ def measure(
         rounds=rounds,
         slo=slo,
         levers={lever.name: lever.said for lever in levers},
+        left_out=left_out or {},
         rows=tuple(rows),
     )
 
