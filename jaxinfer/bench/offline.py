@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -201,8 +201,7 @@ def variant_of(engine: Engine) -> str:
 
 
 def _request(name: str, call: Call) -> Request:
-    greedy = SamplingParams(max_tokens=call.num_output_tokens).or_else(GREEDY)
-    return Request(name, call.prompt, greedy)
+    return Request(name, call.prompt, replace(GREEDY, max_tokens=call.num_output_tokens))
 
 
 def _decode_rate(record: Record) -> float:

@@ -1,6 +1,7 @@
 """Workloads through an engine: what is counted, printed and refused; never how fast it is."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.console import Console
 from jaxinfer import cli
 from jaxinfer.bench import curve, offline, offline_shown, page, variants
 from jaxinfer.bench.workloads import Call, Workload
+from jaxinfer.engine import Engine
 from jaxinfer.host.workload import SLO
 from tests import cli_model, tiny
 from tests.bench import small
@@ -48,6 +50,14 @@ def test_every_token_of_every_request_is_counted_once(engine, report):
         assert one.figures.peak_in_flight == 3
         assert one.figures.goodput_per_s == 0  # nobody keeps such a bound
     assert engine.observer is None and not engine.has_work
+
+
+def test_an_end_token_ends_no_answer(engine):
+    answers = offline.serve(engine, LOAD.calls(0))[1]
+    ending = replace(tiny.MODEL, eos_token_ids=(answers[1][0][0],))
+    config = small.config()
+    same = Engine(tiny.params(), ending, tiny.TokenText(), config, store=tiny.store())
+    assert offline.serve(same, LOAD.calls(0))[1] == answers
 
 
 def test_waste_and_padding_are_those_of_the_plans(engine, report):
