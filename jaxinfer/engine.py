@@ -27,7 +27,7 @@ from jaxinfer.errors import CompileAfterStart, DuplicateRequest, EngineFailed
 from jaxinfer.host import cost_model, state
 from jaxinfer.host.journal import Recorder
 from jaxinfer.host.live import Live, MakesStreams, News, open_stream
-from jaxinfer.host.loop import Loop, Phase, Sampled
+from jaxinfer.host.loop import Loop, Phase, Sampled, weakly
 from jaxinfer.host.observer import Observer
 from jaxinfer.host.pace import Pace, PaceMeter
 from jaxinfer.host.plan import Plan
@@ -265,11 +265,11 @@ class Engine:
         self._loop = Loop(
             scheduler,
             overlap=self.config.overlap,
-            dispatch=self._dispatch,
-            read=self._read,
-            take=self._take,
-            planned=self._planned,
-            told=self._tell_part,
+            dispatch=weakly(self._dispatch),  # so an engine that is dropped is gone at once
+            read=weakly(self._read),
+            take=weakly(self._take),
+            planned=weakly(self._planned),
+            told=weakly(self._tell_part),
         )
 
     def _know(self, sequence: Sequence) -> Live:

@@ -1,6 +1,8 @@
 """The engine on a tiny model: what clients get, whatever happens around them."""
 
+import gc
 import re
+import weakref
 
 import jax
 import numpy as np
@@ -59,6 +61,22 @@ def test_a_pool_too_small_for_all_finishes_everyone_by_preemption(answers):
     assert stats.num_free_pages == stats.num_pages == 16
     assert tokens_of(other) == tokens_of(answers)
     assert sum(answer.last.num_preemptions for answer in other.values()) == stats.num_preemptions
+
+
+def test_an_engine_that_is_dropped_is_gone_with_its_weights_pages_and_programs():
+    engine = tiny.make_engine()
+    engine.submit(REQUESTS[0])
+    engine.step()  # and one more is under way
+    pages = engine.device.cache.k[0]
+    held = [weakref.ref(engine), weakref.ref(engine.device), weakref.ref(pages)]
+    held += [weakref.ref(program) for program in engine.programs.values()]
+    gc.collect()
+    gc.disable()  # what is in a cycle waits for the collector, and is frozen at the next start
+    try:
+        del engine, pages
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_nothing_compiles_after_start(engine, answers):

@@ -10,13 +10,16 @@ A step comes back in parts: the first token of a prompt need not wait for the de
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakMethod
 
 from jaxinfer.host.plan import Plan
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
 
 Handle = TypeVar("Handle")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 Phase = Literal["dispatch", "read"]
 
 
@@ -92,3 +95,15 @@ class Loop(Generic[Handle]):
             if first < len(sampled):
                 self._told()
         assert first == len(sampled), f"{first} of {len(sampled)} tokens came back"
+
+
+def weakly(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A method that does not keep its object, for who drives a loop of its own."""
+    held = WeakMethod(method)
+
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        found = held()
+        assert found is not None
+        return found(*args, **kwargs)
+
+    return call
