@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -56,13 +57,20 @@ def interpreter(backend: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def no_gpu_here() -> Iterator[None]:
-    """Where Triton kernels are lowered for a GPU that is not there, which jax 0.11 must be told."""
+    """Where Triton kernels are lowered for a GPU that is not there, which jax 0.11 must be told.
+
+    It asks for the device inside `shard_map` too, where the mesh is of the devices that there are.
+    """
     if jax.__version_info__ < (0, 11):
         yield
         return
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
+    from jax._src.pallas.triton.pallas_call_registration import gpu_info_lib
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        told = gpu_info_lib.get_gpu_info()
+    with warnings.catch_warnings(), mock.patch.object(gpu_info_lib, "get_gpu_info", lambda: told):
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         yield
 
