@@ -62,6 +62,9 @@ class Static:
     continuous_tokens_per_s: float
     static_tokens_per_s: float
     dropping_tokens_per_s: float
+    continuous_steps: int
+    static_steps: int
+    """Steps of one round: they depend on the lengths alone."""
     ratios: tuple[float, ...]
     """Output tokens a second that were asked for, continuous over static."""
     dropping_ratios: tuple[float, ...]
@@ -140,6 +143,7 @@ def against_static(
         "dropping": (static, workload),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    steps: dict[str, int] = {}
     for number in range(-1, rounds):
         repeat = number if number >= 0 else offline.WARM
         wanted = sum(call.num_output_tokens for call in workload.calls(repeat))
@@ -147,6 +151,7 @@ def against_static(
         for name in order:
             engine, load = sides[name]
             one = offline.serve(engine, load.calls(repeat))[0]
+            steps[name] = one.num_steps
             if number >= 0:
                 rates[name].append(wanted / max(record.ended_s for record in one.records))
         progress("measure", number + 2, rounds + 1)
@@ -163,6 +168,8 @@ def against_static(
         continuous_tokens_per_s=median(rates["continuous"]),
         static_tokens_per_s=median(rates["static"]),
         dropping_tokens_per_s=median(rates["dropping"]),
+        continuous_steps=steps["continuous"],
+        static_steps=steps["static"],
         ratios=over("static"),
         dropping_ratios=over("dropping"),
     )
@@ -194,17 +201,25 @@ def static_sheet(found: Static) -> Sheet:
     ratio = quartiles(found.ratios)[1]
     return Sheet(
         title=f"{found.model}, {found.variant}: {found.workload} in {found.num_slots} slots",
-        columns=("batching", "tokens/s", "continuous over it", "middle half"),
+        columns=("batching", "steps", "tokens/s", "continuous over it", "middle half"),
         rows=(
-            ("continuous", f"{found.continuous_tokens_per_s:.1f}", "", ""),
+            (
+                "continuous",
+                str(found.continuous_steps),
+                f"{found.continuous_tokens_per_s:.1f}",
+                "",
+                "",
+            ),
             (
                 "static",
+                str(found.static_steps),
                 f"{found.static_tokens_per_s:.1f}",
                 f"{ratio:.2f}",
                 spread(found.ratios),
             ),
             (
                 "static, ended rows left out",
+                str(found.static_steps),
                 f"{found.dropping_tokens_per_s:.1f}",
                 f"{quartiles(found.dropping_ratios)[1]:.2f}",
                 spread(found.dropping_ratios),

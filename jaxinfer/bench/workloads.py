@@ -4,6 +4,11 @@ W1  one request, 128 tokens in, 128 out
 W2  one request, 1,024 in, 32 out
 W3  32 requests at once, 32 to 256 in, 16 to 192 out
 W4  16 requests at once, 768 shared tokens and 32 own ones in, 16 out
+W5  64 requests at once, 32 to 256 in, 1 to 512 out: 96 in the mean, most short and few long
+
+Answers of W5 are as long as a geometric distribution says, the discrete exponential one, which
+continuous batching is usually measured on (Daniel et al. 2023, "How continuous batching enables
+23x throughput in LLM inference").
 
 Lengths depend on the workload alone, tokens on the repeat too, so that no prefix cache makes a
 later repeat cheaper. The recipe is plain arithmetic: other programs can make the same tokens.
@@ -20,7 +25,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.text.tokenizer import Tokenizer
 
-NAMES = ("W1", "W2", "W3", "W4")
+NAMES = ("W1", "W2", "W3", "W4", "W5")
 MOST_AT_ONCE = 32
 _TOKENS = (1000, 48_999)  # plain ones of every vocabulary that is large enough
 _MASK = 2**64 - 1
@@ -44,7 +49,7 @@ class Workload:
 
 
 def named(name: str, *, vocab_size: int) -> Workload:
-    """W1 to W4. Tokens beyond a small vocabulary are folded into it."""
+    """W1 to W5. Tokens beyond a small vocabulary are folded into it."""
     if name not in NAMES:
         raise ConfigError(f"no workload {name!r}; there are: {', '.join(NAMES)}, or a JSONL file")
     said = next(line for line in str(__doc__).splitlines() if line.startswith(name))
@@ -145,6 +150,13 @@ class _Draws:
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
         return low + (mixed ^ (mixed >> 31)) % (high - low + 1)
 
+    def length(self, mean: int, most: int) -> int:
+        """How often until one of `mean` is drawn: a geometric distribution, cut at `most`."""
+        count = 1
+        while count < most and self.integer(1, mean) > 1:
+            count += 1
+        return count
+
     def tokens(self, count: int) -> list[int]:
         """So many tokens."""
         return [self.integer(*_TOKENS) for _ in range(count)]
@@ -159,6 +171,11 @@ def _recipe(name: str, repeat: int) -> Iterator[tuple[list[int], int]]:
     elif name == "W3":
         lengths = _Draws(name, repeat, seed=0)
         shapes = [(lengths.integer(32, 256), lengths.integer(16, 192)) for _ in range(32)]
+        for num_prompt, num_output in shapes:
+            yield draws.tokens(num_prompt), num_output
+    elif name == "W5":
+        lengths = _Draws(name, repeat, seed=0)
+        shapes = [(lengths.integer(32, 256), lengths.length(96, 512)) for _ in range(64)]
         for num_prompt, num_output in shapes:
             yield draws.tokens(num_prompt), num_output
     else:

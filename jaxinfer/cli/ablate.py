@@ -35,7 +35,7 @@ def ablate(
     Parameters
     ----------
     workload
-        W1, W2, W3, W4, or a JSONL file of prompts.
+        W1 to W5, or a JSONL file of prompts.
     levers
         Only these: batching, overlap, "prefix cache", interleaving, "chunk sizes", "row counts",
         "true lengths", "attention kernel", "native products", "fast bits", w8a8, w8a16,

@@ -48,14 +48,15 @@ def offline(
     """Times a workload in this process: throughput, TTFT, TPOT, memory, waste.
 
     W1: one request, 128 tokens in, 128 out. W2: one of 1,024 in, 32 out. W3: 32 of mixed lengths.
-    W4: 16 that share 768 tokens. Or a JSONL file of prompts. All requests are there at the start,
-    greedy, and end after exactly so many tokens. engine.num-slots and engine.max-seq-len are what
-    the workload needs, 32 slots at most, unless they are set.
+    W4: 16 that share 768 tokens. W5: 64 whose answers are geometrically distributed, 96 tokens in
+    the mean. Or a JSONL file of prompts. All requests are there at the start, greedy, and end
+    after exactly so many tokens. engine.num-slots and engine.max-seq-len are what the workload
+    needs, 32 slots at most, unless they are set.
 
     Parameters
     ----------
     workload
-        W1, W2, W3, W4, or a JSONL file with prompt, turns or token_ids in each line.
+        W1 to W5, or a JSONL file with prompt, turns or token_ids in each line.
     rounds
         Repeats, after one that does not count; medians are shown.
     requests

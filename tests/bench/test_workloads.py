@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxinfer.bench import workloads
@@ -18,7 +19,7 @@ PEERS = Path(__file__).parents[3] / "shared" / "peers" / "workloads.py"
 
 
 @pytest.mark.skipif(not PEERS.is_file(), reason="the peers' programs are not beside this checkout")
-@pytest.mark.parametrize("name", workloads.NAMES)
+@pytest.mark.parametrize("name", ["W1", "W2", "W3", "W4"])
 def test_the_peers_programs_make_the_same_requests(name, monkeypatch):
     spec = importlib.util.spec_from_file_location("peers_workloads", PEERS)
     assert spec is not None and spec.loader is not None
@@ -43,11 +44,12 @@ def test_lengths_are_those_of_the_workload_and_tokens_differ_by_repeat():
         assert all(a.prompt[0] != b.prompt[0] for a, b in zip(first, second, strict=True))
         sizes[name] = (len(first), sum(len(call.prompt) for call in first))
     assert sizes["W1"] == (1, 128) and sizes["W2"] == (1, 1024) and sizes["W4"] == (16, 12_800)
-    assert sizes["W3"][0] == 32
+    assert sizes["W3"][0] == 32 and sizes["W5"][0] == 64
 
 
 def test_the_first_tokens_are_these():
-    first = {name: workloads.named(name, vocab_size=49_152).calls(0)[0] for name in workloads.NAMES}
+    names = ("W1", "W2", "W3", "W4")
+    first = {name: workloads.named(name, vocab_size=49_152).calls(0)[0] for name in names}
     assert {name: call.prompt[:3] for name, call in first.items()} == {
         "W1": (43134, 48154, 46018),
         "W2": (35722, 40696, 8635),
@@ -61,6 +63,19 @@ def test_prompts_of_w4_share_768_tokens_and_nothing_after():
     calls = workloads.named("W4", vocab_size=49_152).calls(0)
     assert len({call.prompt[:768] for call in calls}) == 1
     assert len({call.prompt[768] for call in calls}) == 16
+
+
+def test_answers_of_w5_are_as_long_as_a_geometric_distribution_says():
+    calls = workloads.named("W5", vocab_size=49_152).calls(0)
+    lengths = [call.num_output_tokens for call in calls]
+    assert min(lengths) >= 1 and max(lengths) <= 512
+    draws = workloads._Draws("many", 0)
+    many = np.array([draws.length(96, 512) for _ in range(20_000)])
+    stays = 1 - 1 / 96  # after each token, but for the last that is allowed
+    assert abs(many.mean() / (96 * (1 - stays**512)) - 1) < 0.03
+    for length in (1, 32, 96, 256, 511):
+        assert abs((many > length).mean() - stays**length) < 0.015
+    assert {draws.length(1, 9) for _ in range(9)} == {1}
 
 
 def test_tokens_are_folded_into_a_small_vocabulary():
