@@ -1,5 +1,6 @@
 """Runs cases of paged attention on a CPU: shared by tests of kernels."""
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -66,11 +67,11 @@ def no_gpu_here() -> Iterator[None]:
         return
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    from jax._src.pallas.triton.pallas_call_registration import gpu_info_lib
-
+    registration = importlib.import_module("jax._src.pallas.triton.pallas_call_registration")
+    asked = registration.gpu_info_lib
     with jax.sharding.use_abstract_mesh(mesh):
-        told = gpu_info_lib.get_gpu_info()
-    with warnings.catch_warnings(), mock.patch.object(gpu_info_lib, "get_gpu_info", lambda: told):
+        told = asked.get_gpu_info()
+    with warnings.catch_warnings(), mock.patch.object(asked, "get_gpu_info", lambda: told):
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         yield
 
