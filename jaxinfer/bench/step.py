@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxinfer import compile as programs_of
 from jaxinfer.bench import floors
+from jaxinfer.bench.offline import variant_of
 from jaxinfer.compile import Shape
 from jaxinfer.engine import Engine
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
@@ -58,6 +59,8 @@ class Report:
 
     model: str
     compute_dtype: str
+    variant: str
+    """Of the weights: bf16, f32, or the scheme they are quantised by."""
     read_gb_per_s: float
     steps: tuple[StepTiming, ...]
     host: tuple[HostTiming, ...]
@@ -100,6 +103,7 @@ def measure(
     return Report(
         model=name,
         compute_dtype=engine.config.compute_dtype,
+        variant=variant_of(engine),
         read_gb_per_s=speed / 1e9,
         steps=tuple(_timing(engine, load, times[load], speed) for load in loads),
         host=tuple(host),
@@ -202,7 +206,7 @@ def _time_engine(
 
 def tables(report: Report) -> tuple[Table, Table]:
     """For people: the steps by themselves, and those of an engine at work."""
-    title = f"{report.model}, {report.compute_dtype}; reads {report.read_gb_per_s:.1f} GB/s"
+    title = f"{report.model}, {report.variant}; reads {report.read_gb_per_s:.1f} GB/s"
     steps = Table(
         "rows", "context", "step ms", "min", "floor ms", "of floor", "tokens/s", title=title
     )
