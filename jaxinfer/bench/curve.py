@@ -64,6 +64,7 @@ class Static:
     dropping_tokens_per_s: float
     continuous_steps: int
     static_steps: int
+    dropping_steps: int
     """Steps of one round: they depend on the lengths alone."""
     ratios: tuple[float, ...]
     """Output tokens a second that were asked for, continuous over static."""
@@ -170,6 +171,7 @@ def against_static(
         dropping_tokens_per_s=median(rates["dropping"]),
         continuous_steps=steps["continuous"],
         static_steps=steps["static"],
+        dropping_steps=steps["dropping"],
         ratios=over("static"),
         dropping_ratios=over("dropping"),
     )
@@ -219,7 +221,7 @@ def static_sheet(found: Static) -> Sheet:
             ),
             (
                 "static, ended rows left out",
-                str(found.static_steps),
+                str(found.dropping_steps),
                 f"{found.dropping_tokens_per_s:.1f}",
                 f"{quartiles(found.dropping_ratios)[1]:.2f}",
                 spread(found.dropping_ratios),

@@ -168,17 +168,13 @@ def _recipe(name: str, repeat: int) -> Iterator[tuple[list[int], int]]:
         yield draws.tokens(128), 128
     elif name == "W2":
         yield draws.tokens(1024), 32
-    elif name == "W3":
-        lengths = _Draws(name, repeat, seed=0)
-        shapes = [(lengths.integer(32, 256), lengths.integer(16, 192)) for _ in range(32)]
-        for num_prompt, num_output in shapes:
-            yield draws.tokens(num_prompt), num_output
-    elif name == "W5":
-        lengths = _Draws(name, repeat, seed=0)
-        shapes = [(lengths.integer(32, 256), lengths.length(96, 512)) for _ in range(64)]
-        for num_prompt, num_output in shapes:
-            yield draws.tokens(num_prompt), num_output
-    else:
+    elif name == "W4":
         shared = draws.tokens(768)
         for _ in itertools.repeat(None, 16):
             yield shared + draws.tokens(32), 16
+    else:
+        lengths = _Draws(name, repeat, seed=0)
+        for _ in itertools.repeat(None, 32 if name == "W3" else 64):
+            num_prompt = lengths.integer(32, 256)
+            num_output = lengths.integer(16, 192) if name == "W3" else lengths.length(96, 512)
+            yield draws.tokens(num_prompt), num_output

@@ -48,15 +48,15 @@ def test_lengths_are_those_of_the_workload_and_tokens_differ_by_repeat():
 
 
 def test_the_first_tokens_are_these():
-    names = ("W1", "W2", "W3", "W4")
-    first = {name: workloads.named(name, vocab_size=49_152).calls(0)[0] for name in names}
+    first = {name: workloads.named(name, vocab_size=49_152).calls(0)[0] for name in workloads.NAMES}
     assert {name: call.prompt[:3] for name, call in first.items()} == {
         "W1": (43134, 48154, 46018),
         "W2": (35722, 40696, 8635),
         "W3": (38525, 40008, 33734),
         "W4": (22530, 30023, 45183),
+        "W5": (8901, 36137, 15295),
     }
-    assert [call.num_output_tokens for call in first.values()] == [128, 32, 61, 16]
+    assert [call.num_output_tokens for call in first.values()] == [128, 32, 61, 16, 116]
 
 
 def test_prompts_of_w4_share_768_tokens_and_nothing_after():
