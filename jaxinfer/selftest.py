@@ -131,7 +131,7 @@ class _Bench:
     def touch(self, shape: Shape) -> None:
         """Runs a program on the trash page: the first request then pays for no page fault."""
         batch = self.batch(shape)
-        batch.lengths[:] = shape.tokens
+        batch.lengths[:] = min(shape.tokens, self.config.max_seq_len)
         self.run(shape, batch)
 
     def run(self, shape: Shape, batch: Batch) -> StepOutput:

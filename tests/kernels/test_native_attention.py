@@ -102,6 +102,49 @@ def test_what_is_not_finite_stays_in_its_row():
         assert np.delete(found, 1, 0).tobytes() == np.delete(clean, 1, 0).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"starts": [0, 250]}, "row 1 is at positions 250 to 257, and its page table reaches to"),
+        ({"starts": [-1, 0]}, "row 0 is at positions -1 to 6"),
+        ({"lengths": [7, -2]}, "row 1 is at positions 0 to -2"),
+        ({"page_table": 1 << 30}, "row 0 reads page 1073741824 of"),
+        ({"page_table": -1}, "row 0 reads page -1 of"),
+    ],
+)
+def test_what_is_not_there_is_an_error_and_not_read(changed, message):
+    case = Case(((0, 7), (0, 7)), 2, 3, **WIDE)
+    call, _ = make(case, "bfloat16")
+    new = {
+        name: jnp.broadcast_to(jnp.asarray(value, jnp.int32), getattr(call, name).shape)
+        for name, value in changed.items()
+    }
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        run("native", call._replace(**new), case)
+
+
+def test_pages_that_a_row_does_not_reach_may_have_any_number():
+    """Behind its end, before its window, and in a row of no tokens."""
+    case = Case(((150, 3), (0, 0)), 2, 3, window=20, **WIDE)
+    call, expected = make(case, "float32")
+    table = np.array(call.page_table)
+    size = WIDE["longest"] // table.shape[1]
+    table[0, : 128 // size], table[0, -(-153 // size) :], table[1] = -1, 1 << 30, 1 << 30
+    out = run("native", call._replace(page_table=jnp.asarray(table)), case)
+    assert relative_error(out, expected) < 1e-5
+
+
+def test_a_start_reads_no_further_than_a_page_table_reaches(tmp_path):
+    """The largest chunk is longer than any sequence; what is stored is run, not compared again."""
+    config = tiny.engine_config(attention="native", max_seq_len=32, prefill_chunks=(8, 64))
+    store = open_store(tmp_path / "programs")
+    assert config.prefill_chunks[-1] > config.pages_per_seq * config.cache.page_size
+    for is_recalled in (False, True):
+        engine = Engine(tiny.params(), tiny.MODEL, tiny.TokenText(), config, store=store)
+        assert engine.self_test.is_exact and engine.self_test.is_recalled == is_recalled
+    assert all(one.load_s for one in engine.programs.values())
+
+
 @pytest.mark.parametrize("pages", ["auto", "int8"])
 def test_an_engine_keeps_its_promises_and_its_programs(pages, tmp_path):
     def make_engine() -> Engine:

@@ -8,6 +8,7 @@
 // whole powers of two, which rounds nothing.
 
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "native/threads.h"
@@ -41,6 +42,34 @@ struct Attention {
   int64_t most_together() const { return std::max<int64_t>(1, kQueries / 2 / group()); }
   int64_t tiles() const { return (tokens + tile() - 1) / tile(); }
 };
+
+// What a row asks for that is not there; empty where all is. Callers see to it that it never is:
+// where they err the step fails with words, and nobody reads what belongs to others.
+std::string missing(const Attention& call) {
+  const int64_t room = call.table_width * call.page_size;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (call.lengths[row] == 0) continue;
+    const std::string name = "attention: row " + std::to_string(row);
+    const int64_t start = call.starts[row];
+    const int64_t end = start + std::min<int64_t>(call.lengths[row], call.tokens);
+    if (start < 0 || end <= start || end > room) {
+      return name + " is at positions " + std::to_string(start) + " to " + std::to_string(end) +
+             ", and its page table reaches to " + std::to_string(room);
+    }
+    const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
+    const int64_t first = oldest / kKeys * kKeys / call.page_size;
+    const int64_t last = (end - 1) / call.page_size;
+    uint32_t page = 0;  // the highest; a negative one is higher than any
+    for (int64_t at = row * call.table_width + first; at <= row * call.table_width + last; ++at) {
+      page = std::max(page, static_cast<uint32_t>(call.table[at]));
+    }
+    if (page >= call.pages) {
+      return name + " reads page " + std::to_string(static_cast<int32_t>(page)) + " of " +
+             std::to_string(call.pages);
+    }
+  }
+  return "";
+}
 
 // Sixteen values of a stored head, from channel `at` on.
 template <Kind kind>
@@ -366,6 +395,9 @@ ffi::Error call(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer
                 scale,
                 soft_cap,
                 kind};
+  if (const std::string words = missing(work->call); !words.empty()) {
+    return ffi::Error::InvalidArgument(words);
+  }
   work->groups = group_rows(work->call);
   work->pieces.count = work->groups.size() * pool[0] * work->call.tiles();
   run_together(threads, work->pieces.count, work);

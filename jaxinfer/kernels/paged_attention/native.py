@@ -33,7 +33,8 @@ def paged_attention(
 ) -> Float[Array, "B T N H"]:
     """What `reference` computes, in float32 from the pages on; see there for the arguments.
 
-    A query's bits depend on nothing but what it sees: not on `block`, nor on `exact`.
+    A query's bits depend on nothing but what it sees: not on `block`, nor on `exact`. Where a row
+    is to read past its page table, or a page that is not there, the step fails: JaxRuntimeError.
     """
     del block, load, exact, tiles
     call = jax.ffi.ffi_call(

@@ -46,6 +46,7 @@ def paged_attention(
     A `soft_cap` bounds logits: cap * tanh(logit / cap), 0 for none (Gemma 2, arXiv:2408.00118).
     `load` turns what is stored into values; int8 pages give it codes [..., H] and the bits of
     their scales, which lie behind the codes (see `rounded`). Queries t >= lengths[b] return zeros.
+    The page table reaches to starts[b] + lengths[b] at least, and names pages of the pool up to it.
     What pages hold outside a row's positions, NaN included, changes nothing.
 
     Keys are reduced in blocks of `block` tokens, in order, so that a row's bits depend neither on
