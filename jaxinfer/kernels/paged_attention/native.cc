@@ -49,11 +49,11 @@ std::string missing(const Attention& call) {
   const int64_t room = call.table_width * call.page_size;
   for (int64_t row = 0; row < call.rows; ++row) {
     if (call.lengths[row] == 0) continue;
-    const std::string name = "attention: row " + std::to_string(row);
+    const auto name = [row] { return "attention: row " + std::to_string(row); };
     const int64_t start = call.starts[row];
     const int64_t end = start + std::min<int64_t>(call.lengths[row], call.tokens);
     if (start < 0 || end <= start || end > room) {
-      return name + " is at positions " + std::to_string(start) + " to " + std::to_string(end) +
+      return name() + " is at positions " + std::to_string(start) + " to " + std::to_string(end) +
              ", and its page table reaches to " + std::to_string(room);
     }
     const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
@@ -64,7 +64,7 @@ std::string missing(const Attention& call) {
       page = std::max(page, static_cast<uint32_t>(call.table[at]));
     }
     if (page >= call.pages) {
-      return name + " reads page " + std::to_string(static_cast<int32_t>(page)) + " of " +
+      return name() + " reads page " + std::to_string(static_cast<int32_t>(page)) + " of " +
              std::to_string(call.pages);
     }
   }
