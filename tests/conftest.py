@@ -1,6 +1,9 @@
 """What every test runs under: the CPU, as eight devices, and nothing taken from the user."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read by JAX when it is first imported, which no test has done yet.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +14,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 for name in [name for name in os.environ if name.startswith("JAXINFER_")]:
     if name != "JAXINFER_CACHE_DIR":
         del os.environ[name]
+# Where all processes of a run keep compiled programs; the first one makes it, and takes it away.
+if "TESTS_CACHE" not in os.environ:
+    os.environ["TESTS_CACHE"] = tempfile.mkdtemp(prefix="jaxinfer-tests-")
+    atexit.register(shutil.rmtree, os.environ["TESTS_CACHE"], ignore_errors=True)

@@ -22,7 +22,7 @@ from tests.server.fake_engine import FakeTokenizer
 
 @pytest.fixture(scope="module")
 def engine():
-    return tiny.make_engine(num_slots=4, prefill_per_decode=16)
+    return tiny.make_engine(prefill_per_decode=16)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_prefix_refuses_what_the_engine_can_not_run(engine, load, words):
 
 
 def test_prefix_needs_a_prefix_cache():
-    off = tiny.make_engine(num_slots=1, cache=CacheConfig(prefix=False))
+    off = tiny.make_engine(cache=CacheConfig(prefix=False))
     with pytest.raises(ConfigError, match="there is no prefix cache"):
         prefix.measure(off, name="tiny")
 
@@ -100,7 +100,7 @@ def test_interference_measures_streams_beside_a_prompt_and_leaves_the_engine_emp
 
 
 def test_interference_needs_a_slot_more_than_streams_and_room_for_the_prompt(engine):
-    for num_streams, num_tokens in ((4, 100), (2, 256)):
+    for num_streams, num_tokens in ((8, 100), (2, 256)):
         with pytest.raises(ConfigError, match="need engine.num_slots of"):
             interference.measure(
                 engine, name="tiny", num_streams=num_streams, num_prompt_tokens=num_tokens
@@ -163,7 +163,7 @@ def run(capsys, *argv):
 
 
 def test_the_commands_load_measure_and_print(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tiny.cache_dir()))
     model = ("-m", str(cli_model.save(tmp_path)), "-c", str(tmp_path / "tiny.toml"))
     sizes = ("--shared", "64", "--own", "8", "--requests", "3", "--rounds", "1")
     code, out, _ = run(capsys, "bench", "prefix", *model, *sizes, "--json")
@@ -174,7 +174,7 @@ def test_the_commands_load_measure_and_print(capsys, tmp_path, monkeypatch):
 
 
 def test_a_cost_model_that_is_measured_now_is_used(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tiny.cache_dir()))
     model = ("-m", str(cli_model.save(tmp_path)), "-c", str(tmp_path / "tiny.toml"))
     code, out, _ = run(capsys, "simulate", *model, "--measure", "--json")
     found = json.loads(out)

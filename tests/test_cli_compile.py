@@ -1,6 +1,9 @@
 """`jaxinfer compile` and `jaxinfer plan`: what they build, count, refuse, and never load."""
 
+import contextlib
+import io
 import json
+import shutil
 
 import pytest
 
@@ -19,11 +22,33 @@ def folder(tmp_path_factory):
     return path
 
 
+def options_of(folder):
+    return ("-m", str(folder / "tiny"), "-c", str(folder / "tiny.toml"))
+
+
 @pytest.fixture
 def options(folder, tmp_path, monkeypatch):
-    """The tiny model, with a store of its own."""
+    """The tiny model, with an empty store of its own."""
     monkeypatch.setenv("JAXINFER_CACHE_DIR", str(tmp_path / "cache"))
-    return ("-m", str(folder / "tiny"), "-c", str(folder / "tiny.toml"))
+    return options_of(folder)
+
+
+@pytest.fixture(scope="module")
+def compiled(folder, tmp_path_factory):
+    """A folder with the store that `compile` has filled without any weights, and what it said."""
+    cache, out = tmp_path_factory.mktemp("compiled"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setenv("JAXINFER_CACHE_DIR", str(cache))
+        patch.setattr(weights, "load", None)
+        assert cli.run(("compile", *options_of(folder), "--json")) == 0
+    return cache, json.loads(out.getvalue())
+
+
+@pytest.fixture
+def stored(options, compiled, tmp_path):
+    """The tiny model, with a store of its own that is filled."""
+    shutil.copytree(compiled[0], tmp_path / "cache")
+    return options
 
 
 def run(capsys, *argv):
@@ -32,21 +57,17 @@ def run(capsys, *argv):
     return code, out, err
 
 
-def test_what_is_compiled_is_what_an_engine_loads(capsys, options, monkeypatch):
-    monkeypatch.setattr(weights, "load", None)  # no weights are needed to compile
-    code, out, _ = run(capsys, "compile", *options, "--json")
-    first = json.loads(out)
+def test_what_is_compiled_is_stored(capsys, stored, compiled):
+    _, first = compiled
     names = [program["name"] for program in first["programs"]]
-    assert (code, first["num_stored"]) == (0, 0)
+    assert first["num_stored"] == 0
     assert {"prefill-1x8", "prefill-1x16", "decode-8x1", "allocate"} <= set(names)
-    again = json.loads(run(capsys, "compile", *options, "--json")[1])
+    again = json.loads(run(capsys, "compile", *stored, "--json")[1])
     assert again["num_stored"] == len(names)
     assert again["digest"] == first["digest"]
-    monkeypatch.undo()
 
 
-def test_an_engine_started_afterwards_compiles_nothing(capsys, options, folder):
-    run(capsys, "compile", *options)
+def test_an_engine_started_afterwards_compiles_nothing(stored, folder):
     stages = []
     settings = config.load(f"model={folder / 'tiny'}", str(folder / "tiny.toml"))
     loaded = llm.load_engine(settings, progress=lambda stage, *_: stages.append(stage))
@@ -54,19 +75,18 @@ def test_an_engine_started_afterwards_compiles_nothing(capsys, options, folder):
     assert loaded.engine.stats().num_programs > 0
 
 
-def test_compile_says_what_is_stored_and_what_changed(capsys, options, tmp_path):
-    manifest = tmp_path / "manifest.json"
-    code, out, _ = run(capsys, "compile", *options, "-o", str(manifest))
-    assert code == 0 and "programs, 0 were stored" in out
-    count = out.split(" programs, ")[0].split()[-1]
+def test_compile_says_what_is_stored_and_what_changed(capsys, stored, compiled, tmp_path):
+    manifest, count = tmp_path / "manifest.json", len(compiled[1]["programs"])
+    code, out, _ = run(capsys, "compile", *stored, "-o", str(manifest))
+    assert code == 0 and f"{count} programs, {count} were stored" in out
     assert max(map(len, out.splitlines())) <= 100
-    code, out, _ = run(capsys, "compile", *options, "--check", str(manifest))
-    assert code == 0 and f"{count} were stored" in out and "nothing has changed" in out
+    code, out, _ = run(capsys, "compile", *stored, "--check", str(manifest))
+    assert code == 0 and "nothing has changed" in out
     changed = ("--engine.num-slots", "9", "--check", str(manifest))
-    code, out, _ = run(capsys, "compile", *options, *changed)
-    assert code == 1
+    code, out, _ = run(capsys, "compile", *stored, *changed)
+    assert code == 1 and ", 0 were stored" in out
     assert "engine.num_slots: 8 -> 9" in out and "decode-16x1: new" in out
-    assert json.loads(run(capsys, "compile", *options, *changed, "--json")[1])["changes"]
+    assert json.loads(run(capsys, "compile", *stored, *changed, "--json")[1])["changes"]
 
 
 @pytest.mark.parametrize(
@@ -126,19 +146,18 @@ def test_a_plan_counts_sequences_without_running(capsys, options, folder):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_a_plan_takes_the_temporaries_of_stored_programs(capsys, options):
-    run(capsys, "compile", *options)
+def test_a_plan_takes_the_temporaries_of_stored_programs(capsys, stored):
     before = programs_of.num_compiles()
-    found = json.loads(run(capsys, "plan", *options, "--json")[1])
+    found = json.loads(run(capsys, "plan", *stored, "--json")[1])
     temps = found["temp_bytes_by_program"]
     assert not found["is_temp_estimate"]
     assert found["temp_bytes"] == max(temps.values()) > 0
     assert {"prefill-1x16", "decode-8x1", "allocate"} <= set(temps)
     assert programs_of.num_compiles() == before
-    inspected = json.loads(run(capsys, "inspect", *options, "--json")[1])["memory"]
+    inspected = json.loads(run(capsys, "inspect", *stored, "--json")[1])["memory"]
     about = {"model": None, "num_replicas": 1}
     assert {**found, "model": None} == {**inspected, **about}
-    assert "the largest, of" in run(capsys, "plan", *options)[1]
+    assert "the largest, of" in run(capsys, "plan", *stored)[1]
 
 
 def test_a_model_that_is_not_here_is_planned_and_not_fetched(capsys, options, tmp_path):

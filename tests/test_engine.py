@@ -15,6 +15,7 @@ from jaxinfer.host.request import FinishReason
 from tests import tiny
 
 REQUESTS = tiny.random_requests(24, seed=1)
+SMALL_PAGES = {"cache": CacheConfig(page_size=8), "num_slots": 16}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(engine, answers):
     [
         {"overlap": False},
         {"num_slots": 32},
-        {"cache": CacheConfig(page_size=8)},
+        SMALL_PAGES,
         {"max_prefill_tokens": 8},
         {"prefill_chunks": (8,)},
     ],
@@ -85,7 +86,7 @@ def test_nothing_compiles_after_start(engine, answers):
 
 
 def test_no_page_is_lost_and_little_is_wasted():
-    engine = tiny.make_engine(num_slots=16, cache=CacheConfig(page_size=8))
+    engine = tiny.make_engine(**SMALL_PAGES)
     live, held = [], []
 
     def measure(number, outputs):
@@ -128,8 +129,9 @@ def test_a_waiting_request_can_be_cancelled(engine):
 
 def test_a_deadline_ends_a_request():
     now = [0.0]
-    config = tiny.engine_config()
-    engine = tiny.Engine(tiny.params(), tiny.MODEL, tiny.TokenText(), config, clock=lambda: now[0])
+    config, store = tiny.engine_config(), tiny.store()
+    parts = (tiny.params(), tiny.MODEL, tiny.TokenText(), config)
+    engine = tiny.Engine(*parts, clock=lambda: now[0], store=store)
     request = tiny.make_request("late", [1, 2], max_tokens=200)
     object.__setattr__(request, "deadline_s", 5.0)
     engine.submit(request)
@@ -177,7 +179,8 @@ def test_eos_ends_and_can_be_ignored():
     model_eos = tiny.run(tiny.make_engine(), [tiny.make_request("one", [11, 12, 13])])["one"]
     eos = model_eos.tokens[3]
     model = tiny.MODEL.__class__(**{**vars(tiny.MODEL), "eos_token_ids": (eos,)})
-    engine = tiny.Engine(tiny.params(), model, tiny.TokenText(), tiny.engine_config())
+    parts = (tiny.params(), model, tiny.TokenText(), tiny.engine_config())
+    engine = tiny.Engine(*parts, store=tiny.store())
     request = tiny.make_request("one", [11, 12, 13], ignore_eos=False)
     answer = tiny.run(engine, [request])["one"]
     assert answer.last.finish_reason is FinishReason.EOS
@@ -267,7 +270,8 @@ def test_free_pages_full_of_nan_change_nothing(engine, answers):
 def test_a_row_without_finite_logits_ends_alone(answers):
     params = tiny.params()
     poisoned = params._replace(embedding=params.embedding.at[255].set(np.nan))
-    engine = tiny.Engine(poisoned, tiny.MODEL, tiny.TokenText(), tiny.engine_config())
+    parts = (poisoned, tiny.MODEL, tiny.TokenText(), tiny.engine_config())
+    engine = tiny.Engine(*parts, store=tiny.store())
     good = [request for request in REQUESTS if 255 not in request.prompt][:6]
     bad = tiny.make_request("bad", [1, 255, 2])
     mixed = tiny.run(engine, [*good[:3], bad, *good[3:]])

@@ -1,10 +1,8 @@
 """A tiny random model, and the shortest ways to run it: shared by the tests of steps and engine."""
 
-import atexit
 import functools
+import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,12 +70,14 @@ def params(dtype: str = "float32", model: ModelConfig = MODEL) -> Any:
     return jax.tree.map(lambda leaf: (3 * leaf).astype(dtype), tree)
 
 
-@functools.cache
+def cache_dir() -> Path:
+    """What tests of one run share; its `programs` are those of `store`."""
+    return Path(os.environ["TESTS_CACHE"])
+
+
 def store() -> Store | None:
     """Compiled programs that tests of one run share."""
-    folder = Path(tempfile.mkdtemp(prefix="jaxinfer-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return find_store(folder / "programs")
+    return find_store(cache_dir() / "programs")
 
 
 def make_engine(**changes: Any) -> Engine:
