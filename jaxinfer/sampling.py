@@ -117,12 +117,13 @@ def log_sum(
 def _keys(seed: UInt32[Array, "B 2"], positions: Int[Array, " B"]) -> Array:
     """One key a row, folded from its seed and position."""
     base = jax.random.key(_BASE_KEY, impl="threefry2x32")
+    words = jnp.concatenate([seed, positions[:, None].astype(jnp.uint32)], axis=1)
 
-    def one(halves: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(base, halves[0]), halves[1])
-        return jax.random.fold_in(key, position)
+    def one(own: Array) -> Array:
+        # A loop: the cipher's code is in the program once, and XLA is slow to compile it.
+        return lax.fori_loop(0, len(own), lambda at, key: jax.random.fold_in(key, own[at]), base)
 
-    return jax.vmap(one)(seed, positions)
+    return jax.vmap(one)(words)
 
 
 def _noise(key: Array, ids: Int[Array, " W"]) -> Float[Array, " W"]:
@@ -174,12 +175,12 @@ def _from_vocabulary(
     def one(row: tuple[Array, ...]) -> Array:
         row_logits, row_scale, key, top_k, top_p, min_p, token, done = row
 
-        def unsorted() -> Array:
+        def unsorted(noise: Array) -> Array:
             scaled = row_logits * row_scale
             kept = scaled >= jnp.max(scaled) + jnp.log(min_p)
-            return jnp.argmax(jnp.where(kept, scaled + _noise(key, ids), -jnp.inf))
+            return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf)).astype(token.dtype)
 
-        def by_rank() -> Array:
+        def by_rank(noise: Array) -> Array:
             scaled, order = lax.sort((-row_logits * row_scale, ids), num_keys=1, is_stable=True)
             scaled = -scaled
             weights = jnp.exp(scaled - scaled[0])
@@ -188,12 +189,14 @@ def _from_vocabulary(
             reached = jnp.cumsum(weights_kept)
             kept &= reached - weights_kept < top_p * reached[-1]
             kept &= weights >= min_p
-            drawn = jnp.argmax(jnp.where(kept, scaled + _noise(key, order), -jnp.inf))
+            drawn = jnp.argmax(jnp.where(kept, scaled + noise[order], -jnp.inf))
             return order[drawn]
 
-        needs_order = (top_k > 0) | (top_p < 1)
-        which = jnp.where(done, 0, jnp.where(needs_order, 2, 1))
-        return lax.switch(which, (lambda: token, lambda: unsorted().astype(token.dtype), by_rank))
+        def draw() -> Array:
+            needs_order = (top_k > 0) | (top_p < 1)
+            return lax.cond(needs_order, by_rank, unsorted, _noise(key, ids))
+
+        return lax.cond(done, lambda: token, draw)
 
     is_done = is_decided | (batch.lengths == 0)
     return lax.map(
