@@ -15,6 +15,6 @@ for name in [name for name in os.environ if name.startswith("JAXINFER_")]:
     if name != "JAXINFER_CACHE_DIR":
         del os.environ[name]
 # Where all processes of a run keep compiled programs; the first one makes it, and takes it away.
-if "TESTS_CACHE" not in os.environ:
+if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TESTS_CACHE"] = tempfile.mkdtemp(prefix="jaxinfer-tests-")
     atexit.register(shutil.rmtree, os.environ["TESTS_CACHE"], ignore_errors=True)

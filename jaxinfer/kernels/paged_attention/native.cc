@@ -41,6 +41,11 @@ struct Attention {
   int64_t tile() const { return std::max<int64_t>(1, kQueries / group()); }
   int64_t most_together() const { return std::max<int64_t>(1, kQueries / 2 / group()); }
   int64_t tiles() const { return (tokens + tile() - 1) / tile(); }
+
+  // The first position that is read for a query: the edge of a block.
+  int64_t read_from(int64_t position) const {
+    return window ? std::max<int64_t>(0, position - window + 1) / kKeys * kKeys : 0;
+  }
 };
 
 // What a row asks for that is not there; empty where all is. Callers see to it that it never is:
@@ -56,12 +61,10 @@ std::string missing(const Attention& call) {
       return name() + " is at positions " + std::to_string(start) + " to " + std::to_string(end) +
              ", and its page table reaches to " + std::to_string(room);
     }
-    const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
-    const int64_t first = oldest / kKeys * kKeys / call.page_size;
-    const int64_t last = (end - 1) / call.page_size;
+    const int32_t* table = call.table + row * call.table_width;
     uint32_t page = 0;  // the highest; a negative one is higher than any
-    for (int64_t at = row * call.table_width + first; at <= row * call.table_width + last; ++at) {
-      page = std::max(page, static_cast<uint32_t>(call.table[at]));
+    for (int64_t at = call.read_from(start) / call.page_size; at * call.page_size < end; ++at) {
+      page = std::max(page, static_cast<uint32_t>(table[at]));
     }
     if (page >= call.pages) {
       return name() + " reads page " + std::to_string(static_cast<int32_t>(page)) + " of " +
@@ -320,8 +323,7 @@ void attend(const Attention& call, const Group& rows, int64_t head, int64_t firs
   }
   for (int64_t begin = 0; begin < queries; begin += each_row) {
     const int64_t start = all.positions[begin], end = begin + each_row;
-    const int64_t oldest = call.window ? std::max<int64_t>(0, start - call.window + 1) : 0;
-    const int64_t first = std::max(rows.shared, oldest / kKeys * kKeys);
+    const int64_t first = std::max(rows.shared, call.read_from(start));
     read_keys<kind>(call, all, rows.rows[begin / each_row], head, begin, end, first,
                     all.positions[end - 1]);
   }
