@@ -12,7 +12,8 @@ import jax
 from jaxinfer import cache as paged
 from jaxinfer import models, spec
 from jaxinfer.compile import Shape, shapes
-from jaxinfer.config import MIN_ROWS, EngineConfig, MeshConfig, ModelConfig
+from jaxinfer.config import MeshConfig, ModelConfig
+from jaxinfer.engine_config import MIN_ROWS, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding import Layout, is_here, is_plain, layout_of, placement
 from jaxinfer.store import ProgramCost

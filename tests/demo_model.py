@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from jaxinfer import weights
-from jaxinfer.config import CacheConfig, Config, EngineConfig, QuantConfig, Scheme
+from jaxinfer.config import Config, QuantConfig, Scheme
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.llm import LLM
 
 NUM_SLOTS = 32

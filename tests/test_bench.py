@@ -10,7 +10,7 @@ from rich.console import Console
 from jaxinfer import cli
 from jaxinfer.bench import bits, clients, edge, interference, prefix, simulated
 from jaxinfer.bench.load import calls
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.cost_model import from_json
 from jaxinfer.host.request import JAXINFER_DEFAULTS

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfer import cli
 from jaxinfer.cli import trace
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.journalled import record
 from jaxinfer.host.request import Request, SamplingParams
 from jaxinfer.host.scenario import Event, Scenario

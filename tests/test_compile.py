@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer import compile as programs_of
 from jaxinfer.compile import ALLOCATE, Shape
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import CompileAfterStart
 from jaxinfer.store import open_store
 from tests import tiny

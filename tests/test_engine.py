@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.compile import Shape
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import EngineFailed, InvalidRequest
 from jaxinfer.host.request import FinishReason
 from tests import tiny

@@ -7,7 +7,8 @@ import pytest
 
 from jaxinfer import compile as programs_of
 from jaxinfer import models, spec
-from jaxinfer.config import CacheConfig, EngineConfig, override
+from jaxinfer.config import override
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.plan import check_memory, device_memory, estimate_temp, plan_memory
 from jaxinfer.weights.demo import DEMOS

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from jaxinfer import recording
-from jaxinfer.config import CacheConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import DuplicateRequest, SnapshotRefused
 from jaxinfer.host import snapshot as snapshots
 from jaxinfer.host.request import FinishReason

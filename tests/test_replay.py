@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from jaxinfer import recording
-from jaxinfer.config import CacheConfig, Config, JournalConfig
+from jaxinfer.config import Config, JournalConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import JournalRefused
 from jaxinfer.host import segments
 from jaxinfer.host.journal import Memory, Recorder

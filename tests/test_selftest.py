@@ -11,8 +11,8 @@ import pytest
 from jaxinfer import compile as programs_of
 from jaxinfer import selftest
 from jaxinfer.compile import ALLOCATE, READ_PAGES
-from jaxinfer.config import CacheConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.inputs import packed_width, unpack
 from jaxinfer.store import Shape, StoreAhead, open_store
 from tests import tiny

@@ -19,7 +19,7 @@ import jaxinfer
 from jaxinfer import compile as programs_of
 from jaxinfer import fingerprint
 from jaxinfer.compile import ALLOCATE, Shape
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.paged_attention import BACKENDS
 from jaxinfer.store import MAGIC, SUFFIX, find_store, open_store

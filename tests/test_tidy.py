@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "jaxinfer.dims": (0, "device"),
     "jaxinfer.edge_config": (0, "both"),
     "jaxinfer.engine": (5, "both"),
+    "jaxinfer.engine_config": (0, "both"),
     "jaxinfer.errors": (0, "both"),
     "jaxinfer.exact": (0, "device"),
     "jaxinfer.fingerprint": (3, "device"),

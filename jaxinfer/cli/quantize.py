@@ -59,7 +59,7 @@ def quantize(
             f"--calibration-tokens is {calibration_tokens}; it must hold a --window of {window}"
         )
     from jaxinfer import weights
-    from jaxinfer.config import CacheConfig
+    from jaxinfer.engine_config import CacheConfig
     from jaxinfer.quality import calibrate as calibration_of
     from jaxinfer.quality import report
     from jaxinfer.quality.validate import validate as compare

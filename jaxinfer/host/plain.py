@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, cast
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import Request, SamplingParams
 
 Record = dict[str, Any]

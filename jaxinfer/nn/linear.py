@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxinfer.config import MIN_ROWS
 from jaxinfer.dims import Leaf
+from jaxinfer.engine_config import MIN_ROWS
 from jaxinfer.kernels.products import Floats, project_floats
 from jaxinfer.quant import QTensor, Watched, products
 

@@ -14,7 +14,8 @@ from jaxtyping import Array
 from jaxinfer import cache as paged
 from jaxinfer import models, step
 from jaxinfer.compile import Progress, compile_function
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.fingerprint import settle
 from jaxinfer.inputs import inert_batch, pack, unpack
 from jaxinfer.quality.texts import Window

@@ -12,7 +12,7 @@ from jaxinfer.bench import kernel_cases
 from jaxinfer.bench.hardware import tuning
 from jaxinfer.bench.hardware.sizes import TOY, Load, Turns
 from jaxinfer.bench.hardware.tuning import Tried
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.paged_attention import Needs, tuned
 from tests import cli_model, tiny

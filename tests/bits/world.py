@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.cache import Cache
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig, Scheme
+from jaxinfer.config import ModelConfig, Scheme
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import FinishReason, Output, Request
 from jaxinfer.inputs import StepOutput
 from jaxinfer.kernels import native

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.loop import Loop
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, FinishReason, Request, SamplingParams
 from jaxinfer.host.scenario import STEP, Event, Scenario
 from jaxinfer.host.scheduler import Plan, Scheduler

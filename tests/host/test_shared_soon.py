@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.scenario import STEP, Event, Scenario
 from jaxinfer.host.simulator import Simulation
 from tests import tiny

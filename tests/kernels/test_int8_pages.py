@@ -13,7 +13,8 @@ from jaxinfer import cache as paged
 from jaxinfer import step
 from jaxinfer.bench.hardware.cases import MIXED, make_int8
 from jaxinfer.cache import Cache
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.inputs import Batch, inert_batch
 from jaxinfer.kernels.paged_attention import rounded
 from jaxinfer.plan import plan_memory

@@ -12,7 +12,8 @@ import pytest
 
 from jaxinfer import cache as paged
 from jaxinfer import compile as programs_of
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.kernels.paged_attention.rounded import Rounded
 from jaxinfer.spec import abstract
 from tests import tiny

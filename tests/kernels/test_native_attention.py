@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import cache as paged
-from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.kernels import native as library
 from jaxinfer.kernels.paged_attention import rounded
 from jaxinfer.store import open_store

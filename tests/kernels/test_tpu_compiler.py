@@ -14,7 +14,7 @@ import pytest
 
 from jaxinfer import compile as programs_of
 from jaxinfer.bench.hardware.sizes import LLAMA_8B
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from tests.kernels.test_lowering import MODEL, engine
 
 pytest.importorskip("libtpu", reason="libtpu is not installed")

@@ -16,8 +16,9 @@ import pytest
 
 from jaxinfer.client import Client
 from jaxinfer.compile import Shape
-from jaxinfer.config import CacheConfig, load
+from jaxinfer.config import load
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.request import FinishReason, SamplingParams
 from jaxinfer.llm import LLM

@@ -11,7 +11,7 @@ import pytest
 from jaxinfer import cache as paged
 from jaxinfer import step, weights
 from jaxinfer.compile import compile_function
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.inputs import inert_batch
 
 FOLDER = Path(__file__).parent.parent / "golden"

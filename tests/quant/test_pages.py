@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import cache as paged
-from jaxinfer.config import CacheConfig, EngineConfig, load
+from jaxinfer.config import load
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.fingerprint import program_key
 from jaxinfer.kernels.paged_attention import needs, reference, rounded

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor import Descriptor
 
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import InvalidRequest, UnknownModel
 from jaxinfer.host.request import JAXINFER_DEFAULTS, RANGES
 from jaxinfer.server import translate

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from jaxinfer.client import Completed, Delta
-from jaxinfer.config import CacheConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import DeadlinePassed, InvalidRequest, OutOfTurn
 from jaxinfer.scoring import score
 from jaxinfer.v1 import inference_pb2 as pb

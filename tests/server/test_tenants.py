@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.client import AsyncClient
-from jaxinfer.config import CacheConfig
 from jaxinfer.edge_config import SecurityConfig, ServerConfig
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.errors import ConfigError, Forbidden, QueueFull, QuotaExceeded
 from jaxinfer.host.request import JAXINFER_DEFAULTS
 from jaxinfer.runner import EngineThread

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from jaxinfer import cli
-from jaxinfer.config import CacheConfig
 from jaxinfer.edge_config import ServerConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig
 from jaxinfer.host.request import FinishReason
 from jaxinfer.server.account import Happening
 from jaxinfer.server.timeline import Timeline, explainer

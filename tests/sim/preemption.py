@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.draft import Draft
 from jaxinfer.host.loop import Loop
 from jaxinfer.host.plan import Plan

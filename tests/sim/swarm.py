@@ -2,7 +2,7 @@
 
 import random
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 from jaxinfer.host.scenario import PHASES, STEP, Event, Scenario
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.cost_model import (
     CostModel,

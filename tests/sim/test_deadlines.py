@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.pace import Pace
 from jaxinfer.host.scheduler import Scheduler
 from tests.sim import work

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 from jaxinfer.host.scenario import Scenario
 from tests.sim.explorer import Universe

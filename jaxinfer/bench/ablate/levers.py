@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from jaxinfer import fingerprint
-from jaxinfer.config import MIN_ROWS, Config, ModelConfig, Scheme
+from jaxinfer.config import Config, ModelConfig, Scheme
+from jaxinfer.engine_config import MIN_ROWS
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
 from jaxinfer.kernels.products import NATIVE

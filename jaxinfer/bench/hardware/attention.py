@@ -11,7 +11,7 @@ from jaxinfer.bench.hardware.part import Part, needs_of
 from jaxinfer.bench.hardware.sizes import Load, Sizes, Turns
 from jaxinfer.bench.kernel_cases import Case
 from jaxinfer.bench.probes import Probes
-from jaxinfer.config import CacheConfig, EngineConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.kernels import paged_attention
 
 _MOST_LAYERS = 32

@@ -9,8 +9,8 @@ import jax
 
 from jaxinfer import models, spec
 from jaxinfer.bench.hardware.part import Part
-from jaxinfer.config import CacheConfig, EngineConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 
 Answers = dict[str, list[tuple[int, float]]]

@@ -9,8 +9,9 @@ from jaxinfer import models, spec
 from jaxinfer.bench.hardware.bits import NoText
 from jaxinfer.bench.hardware.part import Part
 from jaxinfer.bench.hardware.sizes import Asked, work
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import ModelConfig
 from jaxinfer.engine import Engine
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 
 

@@ -15,7 +15,8 @@ from jaxinfer.bench.hardware.device import product
 from jaxinfer.bench.hardware.part import Part
 from jaxinfer.bench.probes import Probes
 from jaxinfer.compile import Program, Programs, Shape
-from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig
+from jaxinfer.config import ModelConfig
+from jaxinfer.engine_config import CacheConfig, EngineConfig
 from jaxinfer.inputs import Batch, inert_batch, pack
 
 
