@@ -89,9 +89,11 @@ _this_thread = _ThisThread()
 
 def shapes(engine: EngineConfig) -> tuple[Shape, ...]:
     """Every step that serving with this config can run."""
-    prefills = (Shape("prefill", 1, tokens) for tokens in engine.prefill_chunks)
+    smallest, *larger = engine.prefill_chunks
+    several = (Shape("prefill", rows, smallest) for rows in engine.prefill_row_counts)
+    prefills = (Shape("prefill", 1, tokens) for tokens in larger)
     decodes = (Shape("decode", rows, 1) for rows in engine.row_counts)
-    return (*prefills, *decodes)
+    return (*several, *prefills, *decodes)
 
 
 def build(

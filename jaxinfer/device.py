@@ -17,6 +17,7 @@ from jaxinfer.fingerprint import needs_of, settle_here
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.loop import Phase
 from jaxinfer.host.plan import Plan, chunk_size
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.kernels import paged_attention
@@ -26,14 +27,15 @@ from jaxinfer.store import Store
 from jaxinfer.verdict import SelfTest
 
 Watch = Callable[[np.ndarray], None]
+Rows = slice | list[int]
 log = logging.getLogger(__name__)
 
 
 class Handle(NamedTuple):
     """A dispatched step, its results still on the device."""
 
-    outputs: tuple[StepOutput, ...]  # of each chunk that samples, then of the decode
-    rows: tuple[int, ...]  # how many rows of each count
+    outputs: tuple[StepOutput, ...]  # of each prefill that samples, then of the decode
+    rows: tuple[Rows, ...]  # those of each that count
     began_s: float
 
 
@@ -85,22 +87,22 @@ class Device:
         """Starts a step that is booked, without waiting for it; `watch` sees each packed batch."""
         began_s = self._clock()
         self._table.update(plan)
-        outputs, rows = [], []
-        for chunk in plan.chunks:
-            packed = self._table.chunk(chunk)
+        outputs, rows = list[StepOutput](), list[Rows]()
+        for prefill in prefills(plan.chunks, self.config):
+            packed = self._table.prefill(prefill)
             if watch is not None:
                 watch(packed)
-            output = self.run(Shape("prefill", 1, chunk.size), packed)
-            self.num_prefill_tokens += chunk.length
-            if chunk.is_last:
+            output = self.run(Shape("prefill", prefill.rows, prefill.size), packed)
+            self.num_prefill_tokens += sum(chunk.length for chunk in prefill.chunks)
+            if prefill.sampled:
                 outputs.append(output)
-                rows.append(1)
+                rows.append(list(prefill.sampled))
         if plan.decodes:
             packed = self._table.decode(plan.decodes)
             if watch is not None:
                 watch(packed)
             outputs.append(self.run(Shape("decode", len(packed), 1), packed))
-            rows.append(len(plan.decodes))
+            rows.append(slice(len(plan.decodes)))
         return Handle(tuple(outputs), tuple(rows), began_s)
 
     def read(self, handle: Handle, faults: Callable[[Phase], None]) -> Iterator[Returned]:
@@ -111,8 +113,8 @@ class Device:
         for place, (output, rows) in enumerate(zip(handle.outputs, handle.rows, strict=True), 1):
             faults("read")
             before = self._clock()
-            tokens = np.asarray(output.tokens)[:rows].tolist()
-            logprobs = np.asarray(output.logprobs)[:rows]
+            tokens = np.asarray(output.tokens)[rows].tolist()
+            logprobs = np.asarray(output.logprobs)[rows]
             self.wait_s += self._clock() - before
             yield Returned(tokens, logprobs, is_last=place == len(handle.outputs))
 

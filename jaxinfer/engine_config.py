@@ -37,6 +37,9 @@ class EngineConfig:
     """Row counts of the decode programs; () means 1, 8, 32, 128... up to num_slots."""
     prefill_chunks: tuple[int, ...] = (32, 128, 512)
     """Token counts of the prefill programs, ascending; prompts are cut at the largest."""
+    prefill_rows: tuple[int, ...] = (1, 4)
+    """Row counts of the smallest prefill program, ascending from 1: so many pieces of prompts go
+    into one program. Those with more tokens than the largest chunk are left out."""
     max_prefill_tokens: int = 512
     """Prefill work between two decode steps, in padded tokens (one chunk is always allowed)."""
     prefill_per_decode: int = 12
@@ -86,6 +89,12 @@ class EngineConfig:
         """Entries of a page table row: whole attention blocks that cover max_seq_len."""
         blocks = -(-self.max_seq_len // self.attention_block)
         return blocks * (self.attention_block // self.cache.page_size)
+
+    @property
+    def prefill_row_counts(self) -> tuple[int, ...]:
+        """Row counts of the smallest prefill program that there are, ascending from 1."""
+        smallest, largest = self.prefill_chunks[0], self.prefill_chunks[-1]
+        return tuple(rows for rows in self.prefill_rows if rows == 1 or rows * smallest <= largest)
 
     @property
     def prefix_step(self) -> int:
@@ -150,6 +159,11 @@ def check_engine(config: EngineConfig) -> None:
     if not chunks or list(chunks) != sorted(set(chunks)) or chunks[0] < 1:
         raise ConfigError(
             f"engine.prefill_chunks is {list(chunks)}; it must be ascending, each at least 1"
+        )
+    rows = config.prefill_rows
+    if rows[:1] != (1,) or list(rows) != sorted(set(rows)):
+        raise ConfigError(
+            f"engine.prefill_rows is {list(rows)}; it must be ascending, and begin with 1"
         )
     if config.score_chunk < 0 or config.score_chunk % MIN_ROWS:
         raise ConfigError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxinfer import verdict
 from jaxinfer.cache import Cache
-from jaxinfer.compile import ALLOCATE, PAGES_READ, READ_PAGES, Program, Programs
+from jaxinfer.compile import ALLOCATE, PAGES_READ, READ_PAGES, Program, Programs, shapes
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.inputs import Batch, StepOutput, inert_batch, pack
 from jaxinfer.store import Shape, Store
@@ -96,12 +96,11 @@ def _run(bench: "_Bench", model: ModelConfig, store: Store | None) -> Outcome:
     report = replace(report, seconds=time.monotonic() - started)
     for sentence in _warnings(report):
         log.warning("self-test: %s", sentence)
-    left = {
-        shape: program
-        for shape, program in bench.programs.items()
-        if shape.name not in report.dropped
-    }
-    return Outcome(report, _narrowed(config, left), left, bench.cache)
+    steps = [shape for shape in bench.steps if shape.name not in report.dropped]
+    config = _narrowed(config, steps)
+    unused = {*bench.steps} - {*shapes(config)}
+    left = {shape: one for shape, one in bench.programs.items() if shape not in unused}
+    return Outcome(report, config, left, bench.cache)
 
 
 class _Bench:
@@ -174,7 +173,8 @@ def _plan(model: ModelConfig, config: EngineConfig) -> _Plan:
 
 def _observe(bench: _Bench, plan: _Plan) -> dict[Shape, Seen]:
     """The bits that each program gives; the largest chunk goes first and fills the home pages."""
-    chunks = sorted((one for one in bench.steps if one.phase == "prefill"), reverse=True)
+    chunks = [one for one in bench.steps if one.phase == "prefill"]
+    chunks.sort(key=lambda one: (-one.tokens, one.rows))
     decodes = [one for one in bench.steps if one.phase == "decode"]
     seen: dict[Shape, Seen] = {chunks[0]: _fill(bench, plan, chunks[0])}
     for shape in chunks[1:]:
@@ -187,27 +187,34 @@ def _observe(bench: _Bench, plan: _Plan) -> dict[Shape, Seen]:
 def _fill(bench: _Bench, plan: _Plan, shape: Shape) -> Seen:
     """The whole sequence, in as few pieces as it takes."""
     found = _Found(bench.config)
-    *starts, last = range(0, len(plan.tokens), shape.tokens)
-    for start in starts:
-        _prefill(bench, plan, shape, start, plan.home)
-    found.add_output(len(plan.tokens) - 1, _prefill(bench, plan, shape, last, plan.home), 0)
+    for start in range(0, len(plan.tokens), shape.tokens):
+        output = _prefill(bench, plan, shape, start, plan.home, [0])
+        stop = min(len(plan.tokens), start + shape.tokens)
+        found.add_output(stop - 1, output, 0)
     found.add_pages(bench.read(plan.home), 0, len(plan.tokens))
     return found.seen()
 
 
 def _refill(bench: _Bench, plan: _Plan, shape: Shape) -> Seen:
-    """A full chunk at the start, and a last piece that goes on where a cached prefix ends."""
+    """A full chunk at the start, and a last piece that goes on where a cached prefix ends.
+
+    Of several rows each goes on where the one before it ends; in the second run they have changed
+    places, and in a third one the last place alone is taken.
+    """
     found, page_size = _Found(bench.config), bench.config.cache.page_size
-    count, end = len(plan.home), len(plan.tokens)
-    last = max(0, -(-(end - shape.tokens) // page_size)) * page_size
-    for start in sorted({0, last}):
+    count, end, places = len(plan.home), len(plan.tokens), list(range(shape.rows))
+    runs = [(0, places)]
+    for some in (places[::-1], places[-1:]):
+        last = max(0, -(-(end - len(some) * shape.tokens) // page_size)) * page_size
+        runs += [(last, some)] if (last, some) not in runs else []
+    for start, some in runs:
         own = np.resize(plan.spare, count)
         pages = np.concatenate([plan.home[: start // page_size], own])[:count]
-        output = _prefill(bench, plan, shape, start, pages)
-        stop = min(end, start + shape.tokens)
-        if stop == end:
-            found.add_output(end - 1, output, 0)
-        found.add_pages(bench.read(pages[start // page_size :]), start, stop)
+        output = _prefill(bench, plan, shape, start, pages, some)
+        stops = [min(end, start + row * shape.tokens) for row in range(1, len(some) + 1)]
+        for place, stop in zip(some, dict.fromkeys(stops), strict=False):
+            found.add_output(stop - 1, output, place)
+        found.add_pages(bench.read(pages[start // page_size :]), start, stops[-1])
     return found.seen()
 
 
@@ -256,13 +263,20 @@ def _set_row(
     _set_sampling(batch, place, page)
 
 
-def _prefill(bench: _Bench, plan: _Plan, shape: Shape, start: int, pages: np.ndarray) -> StepOutput:
+def _prefill(
+    bench: _Bench, plan: _Plan, shape: Shape, start: int, pages: np.ndarray, places: list[int]
+) -> StepOutput:
+    """One run with the tokens from `start` on, as many as go into these rows in this order."""
     batch = bench.batch(shape)
-    some = plan.tokens[start : start + shape.tokens]
-    batch.tokens[0, : len(some)] = some
-    batch.starts[0], batch.lengths[0] = start, len(some)
-    batch.page_table[0, : len(pages)] = pages
-    _set_sampling(batch, 0, (start + len(some) - 1) // bench.config.cache.page_size)
+    for place in places:
+        some = plan.tokens[start : start + shape.tokens]
+        if not len(some):
+            break
+        batch.tokens[place, : len(some)] = some
+        batch.starts[place], batch.lengths[place] = start, len(some)
+        batch.page_table[place, : len(pages)] = pages
+        start += len(some)
+        _set_sampling(batch, place, (start - 1) // bench.config.cache.page_size)
     return bench.run(shape, batch)
 
 
@@ -341,15 +355,21 @@ def _is_steady(seen: Seen) -> bool:
     return all(len(values) == 1 for values in seen.values())
 
 
-def _narrowed(config: EngineConfig, programs: Programs) -> EngineConfig:
-    """The config that uses these programs and no others."""
-    steps = [shape for shape in programs if shape.rows]
-    if len(steps) == len(config.row_counts) + len(config.prefill_chunks):
+def _narrowed(config: EngineConfig, steps: list[Shape]) -> EngineConfig:
+    """The config that uses these programs and no others.
+
+    Without the smallest chunk for one row it has none for several.
+    """
+    if len(steps) == len(shapes(config)):
         return config
+    prefills = [one for one in steps if one.phase == "prefill"]
+    chunks = tuple(one.tokens for one in prefills if one.rows == 1)
+    several = (one.rows for one in prefills if one.rows > 1 and one.tokens == chunks[0])
     return replace(
         config,
         decode_rows=tuple(one.rows for one in steps if one.phase == "decode"),
-        prefill_chunks=tuple(one.tokens for one in steps if one.phase == "prefill"),
+        prefill_chunks=chunks,
+        prefill_rows=(1, *several),
     )
 
 

@@ -1,6 +1,7 @@
 """The engine on a tiny model: what clients get, whatever happens around them."""
 
 import gc
+import random
 import re
 import weakref
 
@@ -46,12 +47,33 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(engine, answers):
         SMALL_PAGES,
         {"max_prefill_tokens": 8},
         {"prefill_chunks": (8,)},
+        {"prefill_rows": (1,)},
+        {"prefill_rows": (1, 2, 8)},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=str,
 )
 def test_tokens_do_not_depend_on_how_the_engine_is_set_up(answers, changes):
     other = tiny.run(tiny.make_engine(**changes), REQUESTS)
     assert tokens_of(other) == tokens_of(answers)
+
+
+def test_short_prompts_share_a_prefill_program_and_get_what_they_get_alone(monkeypatch, engine):
+    engine.flush_prefix_cache()
+    ran, run = [], engine.device.run
+
+    def spied(shape, packed):
+        ran.append(shape.name)
+        return run(shape, packed)
+
+    monkeypatch.setattr(engine.device, "run", spied)
+    rng = random.Random(0)
+    requests = [
+        tiny.make_request(f"s{length}", rng.choices(range(50), k=length), temperature=1.0)
+        for length in range(1, 9)
+    ]
+    tiny.run_alone_and_together(engine, requests, alone=8)
+    prefills = [name for name in ran if name.startswith("prefill")]
+    assert prefills == ["prefill-4x8"] * 2 + ["prefill-1x8"] * 8
 
 
 def test_a_pool_too_small_for_all_finishes_everyone_by_preemption(answers):

@@ -149,6 +149,15 @@ def test_without_overlap_too(store):
     assert on_schedule(segment).difference is None
 
 
+def test_a_journal_from_before_pieces_of_prompts_shared_programs_has_one_row_in_each(store):
+    segment = recorded(store, seed=3, prefill_rows=(1,))
+    del segment.header["engine"]["prefill_rows"]
+    assert on_schedule(segment).difference is None
+    with_rows = replace(segment, header=header())
+    found = on_schedule(with_rows).difference
+    assert found is not None, "the rows make other batches or other plans"
+
+
 def changed(segment: Segment, change) -> Segment:
     records = copy.deepcopy(segment.records)
     change(records)

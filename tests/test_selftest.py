@@ -20,9 +20,12 @@ from tests.closed_world import kept, make_engine
 
 # XLA:CPU rounds exp otherwise in arrays below 4096 elements, so the vocabulary is not that small.
 MODEL = replace(tiny.MODEL, vocab_size=8192)
-CONFIG = tiny.engine_config(prefill_chunks=(8, 16), decode_rows=(16, 32), num_slots=32)
+CONFIG = tiny.engine_config(
+    prefill_chunks=(8, 16), prefill_rows=(1, 2), decode_rows=(16, 32), num_slots=32
+)
 SMALL, LARGE = Shape("decode", 16, 1), Shape("decode", 32, 1)
 SHORT, LONG = Shape("prefill", 1, 8), Shape("prefill", 1, 16)
+TWO_SHORT = Shape("prefill", 2, 8)
 REQUESTS = tiny.random_requests(12, seed=5, max_prompt=40, max_tokens=8)
 
 
@@ -77,7 +80,7 @@ def flip_when_alone(cache, output, packed):
 
 def flip_values(cache, output, packed):
     """The last bit of one value that each row stores for its first token."""
-    tokens = 1 if len(packed) > 1 else packed.shape[1] - packed_width(0, CONFIG.pages_per_seq)
+    tokens = packed.shape[1] - packed_width(0, CONFIG.pages_per_seq)
     batch, pages = unpack(packed, tokens=tokens), np.array(cache.v[-1])
     for row in np.flatnonzero(batch.lengths):
         page, offset = divmod(batch.starts[row], CONFIG.cache.page_size)
@@ -88,21 +91,28 @@ def flip_values(cache, output, packed):
 def test_programs_that_agree_are_all_kept():
     found = run(built())
     assert found.report.is_exact and found.config is CONFIG
-    assert found.report.groups == (("decode-32x1", "decode-16x1", "prefill-1x16", "prefill-1x8"),)
+    prefills = ("prefill-2x8", "prefill-1x16", "prefill-1x8")
+    assert found.report.groups == (("decode-32x1", "decode-16x1", *prefills),)
     assert found.report.num_tokens > CONFIG.attention_block
     assert list(found.programs) == list(built())
 
 
 @pytest.mark.parametrize("fault", [flip_logprobs, flip_values], ids=lambda one: one.__name__)
 @pytest.mark.parametrize(
-    ("shape", "rows", "chunks"),
-    [(SMALL, (32,), (8, 16)), (SHORT, (16, 32), (16,)), (LONG, (16, 32), (8,))],
+    ("shape", "kept"),
+    [
+        (SMALL, (TWO_SHORT, SHORT, LONG, LARGE)),
+        (SHORT, (LONG, SMALL, LARGE)),  # who has no program for one has none for two
+        (LONG, (SHORT, SMALL, LARGE)),  # two rows would be more than the longest chunk
+        (TWO_SHORT, (SHORT, LONG, SMALL, LARGE)),
+    ],
     ids=lambda one: one.name if isinstance(one, Shape) else "",
 )
-def test_a_program_that_differs_by_one_bit_is_not_used(caplog, fault, shape, rows, chunks):
+def test_a_program_that_differs_by_one_bit_is_not_used(caplog, fault, shape, kept):
     found = run(with_fault(fault, shape))
+    steps = {one for one in found.programs if one.rows}
+    assert steps == set(kept) == set(programs_of.shapes(found.config))
     assert found.report.dropped == (shape.name,)
-    assert (found.config.decode_rows, found.config.prefill_chunks) == (rows, chunks)
     assert found.report.is_exact, "what is left agrees"
     assert f"{shape.name} gives other bits" in caplog.text
 
@@ -110,7 +120,8 @@ def test_a_program_that_differs_by_one_bit_is_not_used(caplog, fault, shape, row
 def test_where_only_decode_differs_from_prefill_it_says_what_is_not_promised(caplog):
     found = run(with_fault(flip_logprobs, SMALL, LARGE))
     assert found.config is CONFIG and not found.report.dropped
-    assert found.report.groups == (("decode-32x1", "decode-16x1"), ("prefill-1x16", "prefill-1x8"))
+    prefills = ("prefill-2x8", "prefill-1x16", "prefill-1x8")
+    assert found.report.groups == (("decode-32x1", "decode-16x1"), prefills)
     assert not found.report.is_exact
     assert "prefix cache" in caplog.text and "interrupted" in caplog.text
 

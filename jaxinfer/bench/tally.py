@@ -3,6 +3,7 @@
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.live import Live
 from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.sequence import Sequence
 
 
@@ -47,7 +48,9 @@ class Tally:
         """A step began; what it will have stored counts."""
         self.num_steps += 1
         self.num_prefill_tokens += sum(chunk.length for chunk in plan.chunks)
-        self.num_padded_tokens += sum(chunk.size for chunk in plan.chunks)
+        self.num_padded_tokens += sum(
+            prefill.num_tokens for prefill in prefills(plan.chunks, self._config)
+        )
         if plan.decodes:
             count = len(plan.decodes)
             self.num_decodes += count

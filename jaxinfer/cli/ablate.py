@@ -37,9 +37,9 @@ def ablate(
     workload
         W1 to W5, or a JSONL file of prompts.
     levers
-        Only these: batching, overlap, "prefix cache", interleaving, "chunk sizes", "row counts",
-        "true lengths", "attention kernel", "native products", "fast bits", w8a8, w8a16,
-        "int8 pages". What makes no difference on this machine is left out, with the reason.
+        Only these: batching, overlap, "prefix cache", interleaving, "chunk sizes", "prefill rows",
+        "row counts", "true lengths", "attention kernel", "native products", "fast bits", w8a8,
+        w8a16, "int8 pages". What makes no difference on this machine is left out, with the reason.
     rounds
         Rounds, after one that does not count; medians and half of the middle half are shown.
     requests

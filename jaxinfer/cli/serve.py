@@ -82,7 +82,7 @@ def _serve(
     from jaxinfer.server.timeline import Timeline, explainer, total
 
     loaded, engines = replicas[0], [one.engine for one in replicas]
-    engine, timelines = loaded.engine, [Timeline(one.config.row_counts) for one in engines]
+    engine, timelines = loaded.engine, [Timeline(one.config) for one in engines]
     for one, timeline in zip(engines, timelines, strict=True):
         one.observer = timeline
     resumed = resume(settings.snapshot, engines, loaded.name)

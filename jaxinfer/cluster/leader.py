@@ -96,7 +96,7 @@ class Served:
 
     def __init__(self, loaded: LoadedEngine, config: settings.Config, load_s: float) -> None:
         engine = loaded.engine
-        self.timeline = engine.observer = Timeline(engine.config.row_counts)
+        self.timeline = engine.observer = Timeline(engine.config)
         self.about = {
             "name": loaded.name,
             "model": messages.model_to_plain(

@@ -3,7 +3,8 @@
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.host.plan import Chunk, Plan
+from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import Prefill
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import inert_batch, pack, unpack
 
@@ -52,20 +53,24 @@ class SlotTable:
         """Takes over the pages that a sequence holds now."""
         self._fields.page_table[sequence.slot, : len(sequence.pages)] = sequence.pages
 
-    def chunk(self, chunk: Chunk) -> np.ndarray:
-        """The packed batch of one prefill chunk: i32 [1, W]."""
-        self._ban(chunk.sequence, len(chunk.sequence.tokens) - len(chunk.sequence.request.prompt))
-        row = self._packed[chunk.sequence.slot]
-        packed = np.zeros((1, chunk.size + len(row) - 1), np.int32)
-        packed[0, chunk.size :] = row[1:]
-        fields = unpack(packed, tokens=chunk.size)
-        fields.tokens[0, : chunk.length] = chunk.sequence.tokens[
-            chunk.start : chunk.start + chunk.length
-        ]
-        fields.take_last[0] = 0
-        fields.starts[0] = chunk.start
-        fields.lengths[0] = chunk.length
-        fields.sample[0] = chunk.is_last
+    def prefill(self, prefill: Prefill) -> np.ndarray:
+        """The packed batch of one prefill program: i32 [rows, W]."""
+        slots = np.full(prefill.rows, self._trash_slot)
+        for row, chunk in enumerate(prefill.chunks):
+            sequence = chunk.sequence
+            slots[row] = sequence.slot
+            self._ban(sequence, len(sequence.tokens) - len(sequence.request.prompt))
+        known = self._packed[slots, 1:]
+        packed = np.zeros((prefill.rows, prefill.size + known.shape[1]), np.int32)
+        packed[:, prefill.size :] = known
+        fields = unpack(packed, tokens=prefill.size)
+        fields.take_last[:] = 0
+        for row, chunk in enumerate(prefill.chunks):
+            end = chunk.start + chunk.length
+            fields.tokens[row, : chunk.length] = chunk.sequence.tokens[chunk.start : end]
+            fields.starts[row] = chunk.start
+            fields.lengths[row] = chunk.length
+            fields.sample[row] = chunk.is_last
         return packed
 
     def decode(self, sequences: tuple[Sequence, ...]) -> np.ndarray:

@@ -24,6 +24,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.host.loop import Loop, Sampled
 from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.request import JAXINFER_DEFAULTS, Request, SamplingParams
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.sequence import Sequence
@@ -38,7 +39,7 @@ _OWN_TOKENS = 2**24  # token ids from here on are in no shared prefix
 class Work(NamedTuple):
     """What the time of one step depends on."""
 
-    sizes: tuple[int, ...]  # of the chunks, padding included, as the programs compute them
+    sizes: tuple[int, ...]  # of the prefill programs: the tokens of all rows, padding included
     prefill_context: int  # tokens of each chunk times the context that they see
     context: int  # tokens that the decode reads: its rows times its longest context, in blocks
     rows: int  # of the decode program, padding included; 1 where one sequence is alone
@@ -145,7 +146,7 @@ def work_of(plan: Plan, config: EngineConfig) -> Work:
         context = rows * -(-longest // block) * block
     ends = [-(-(chunk.start + chunk.length) // block) * block for chunk in plan.chunks]
     return Work(
-        sizes=tuple(chunk.size for chunk in plan.chunks),
+        sizes=tuple(prefill.num_tokens for prefill in prefills(plan.chunks, config)),
         prefill_context=sum(chunk.size * end for chunk, end in zip(plan.chunks, ends, strict=True)),
         context=context,
         rows=rows,
@@ -285,12 +286,13 @@ class _VirtualEngine:
         work, parts = work_of(plan, self._config), list[tuple[float, int]]()
         self._device_free_s = now_s + self._cost.seconds(work)
         context_s = self._cost.prefill_context_s * work.prefill_context / max(1, sum(work.sizes))
-        for chunk in plan.chunks:
-            now_s += self._cost.chunk_s(chunk.size) + context_s * chunk.size
-            parts += [(now_s, 1)] * chunk.is_last
+        for prefill in prefills(plan.chunks, self._config):
+            size, num_sampled = prefill.num_tokens, len(prefill.sampled)
+            now_s += self._cost.chunk_s(size) + context_s * size
+            parts += [(now_s, num_sampled)] * bool(num_sampled)
         if plan.decodes or not parts:
             return [*parts, (self._device_free_s, len(plan.decodes))]
-        return [*parts[:-1], (self._device_free_s, 1)]
+        return [*parts[:-1], (self._device_free_s, parts[-1][1])]
 
     def _read(self, plan: Plan, parts: list[tuple[float, int]]) -> Iterator[Items[int]]:
         for time_s, num_tokens in parts:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.pages import PagePool
 from jaxinfer.host.plan import Admission, Chunk, HeldUp, Plan, Stored, chunk_size, worth_a_step
+from jaxinfer.host.prefills import arrange
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.host.tenancy import Standing
 
@@ -152,7 +153,7 @@ class Draft:
         return Plan(
             preempt=tuple(self._preempt),
             admit=tuple(self._admit),
-            chunks=tuple(self._chunks),
+            chunks=arrange(self._chunks, self._config),
             decodes=tuple(self._decodes),
             num_pages=self._num_pages,
             stored=self._stored(),

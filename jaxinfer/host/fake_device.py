@@ -17,6 +17,7 @@ from typing import NamedTuple
 from jaxinfer.config import EngineConfig
 from jaxinfer.host.batch import SlotTable
 from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.request import FinishReason, Request
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.inputs import Batch, unpack
@@ -140,13 +141,15 @@ def plain_rows(plan: Plan, *, eos: frozenset[int]) -> list[tuple[Sequence, Row]]
     return rows
 
 
-def packed_rows(table: SlotTable, plan: Plan) -> list[tuple[Sequence, Row]]:
+def packed_rows(table: SlotTable, plan: Plan, config: EngineConfig) -> list[tuple[Sequence, Row]]:
     """The rows of a plan as the real programs get them: through the packed batches."""
     table.update(plan)
     rows: list[tuple[Sequence, Row]] = []
-    for chunk in plan.chunks:
-        batch = unpack(table.chunk(chunk), tokens=chunk.size)
-        rows.append((chunk.sequence, _unpacked(batch, 0)))
+    for prefill in prefills(plan.chunks, config):
+        batch = unpack(table.prefill(prefill), tokens=prefill.size)
+        assert not batch.lengths[len(prefill.chunks) :].any(), "a row of padding is not inert"
+        for place, chunk in enumerate(prefill.chunks):
+            rows.append((chunk.sequence, _unpacked(batch, place)))
     if plan.decodes:
         batch = unpack(table.decode(plan.decodes), tokens=1)
         assert not batch.lengths[len(plan.decodes) :].any(), "a row of padding is not inert"

@@ -3,6 +3,7 @@
 Each check recomputes from the outside what the scheduler books on the inside.
 """
 
+from jaxinfer.config import EngineConfig
 from jaxinfer.host.fake_device import EMPTY, NAN
 from jaxinfer.host.loop import Sampled
 from jaxinfer.host.plan import Plan, chunk_size, worth_a_step
@@ -324,10 +325,24 @@ def _check_refused(world: World, plan: Plan) -> None:
     if num_soon >= worth_a_step(config) and world.loop.under_way:
         return
     chunk = chunk_size(left, config.prefill_chunks)
-    if plan.chunks and sum(one.size for one in plan.chunks) + chunk > config.max_prefill_tokens:
+    if plan.chunks and _most_spent(plan, config) + chunk > config.max_prefill_tokens:
         return
     num_pages = -(-(len(first.tokens) + 1) // size) - sum(not pool.is_idle(page) for page in shared)
     assert num_pages > pool.num_available, f"request {first.order}: could have been admitted"
+
+
+def _most_spent(plan: Plan, config: EngineConfig) -> int:
+    """What the chunks took of a step's bound, before some were cut into smaller ones."""
+    lengths: dict[int, int] = {}
+    for chunk in plan.chunks:
+        order = chunk.sequence.order
+        lengths[order] = lengths.get(order, 0) + chunk.length
+    spent = 0
+    for left in lengths.values():
+        while left > 0:
+            size = chunk_size(left, config.prefill_chunks)
+            spent, left = spent + size, left - size
+    return max(spent, sum(chunk.size for chunk in plan.chunks))
 
 
 def _check_published(world: World, running: list[Sequence], known: list[int]) -> None:

@@ -25,8 +25,9 @@ def request_from_plain(plain: Record) -> Request:
 
 
 def engine_from_plain(plain: Record) -> EngineConfig:
-    """An engine's settings; what the values don't say is as it is by default."""
-    return EngineConfig(**tuples(plain | {"cache": CacheConfig(**plain["cache"])}))
+    """An engine's settings; what the values don't say is as it was before there was a choice."""
+    known = {"prefill_rows": [1]} | plain | {"cache": CacheConfig(**plain["cache"])}
+    return EngineConfig(**tuples(known))
 
 
 def _fields(value: Any) -> Record:

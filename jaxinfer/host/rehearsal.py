@@ -15,6 +15,7 @@ from jaxinfer.host.loop import Loop, Phase, Sampled
 from jaxinfer.host.pace import Pace
 from jaxinfer.host.plain import Record, engine_from_plain, request_from_plain
 from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.request import FinishReason
 from jaxinfer.host.scheduler import Scheduler
 from jaxinfer.host.segments import Segment
@@ -166,8 +167,8 @@ class Rehearsal:
             raise DeviceFailed
         if self._table is not None:
             self._table.update(plan)
-            for chunk in plan.chunks:
-                self._recorder.packed(self._table.chunk(chunk))
+            for prefill in prefills(plan.chunks, self.scheduler.config):
+                self._recorder.packed(self._table.prefill(prefill))
             if plan.decodes:
                 self._recorder.packed(self._table.decode(plan.decodes))
         return self._step

@@ -140,7 +140,7 @@ class Simulation(World):
         invariants.check_begun(self, plan, self._before)
         self.hand_out(invariants.taken_pages(plan, self._before))
         rows = (
-            packed_rows(self.table, plan)
+            packed_rows(self.table, plan, self.config)
             if self.table is not None
             else plain_rows(plan, eos=self.eos)
         )

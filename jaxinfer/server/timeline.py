@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+from jaxinfer.config import EngineConfig
 from jaxinfer.host.live import Live
 from jaxinfer.host.plan import Plan
+from jaxinfer.host.prefills import prefills
 from jaxinfer.host.sequence import Sequence
 from jaxinfer.server.account import Happening, Part, Story, Stretch, tell
 from jaxinfer.v1 import admin_pb2 as pb
@@ -61,15 +63,15 @@ class Timeline:
 
     def __init__(
         self,
-        row_counts: tuple[int, ...],
+        config: EngineConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
         max_ended: int = MAX_ENDED,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """`row_counts` are those of the decode programs; `clock` is the engine's."""
+        """`config` and `clock` are the engine's."""
         self.counts = StepCounts()
-        self._row_counts = row_counts
+        self._config = config
         self._clock = clock
         self._max_ended = max_ended
         self._max_bytes = max_bytes
@@ -197,7 +199,7 @@ class Timeline:
         counts.gap_s += gap_s
         counts.num_useful_tokens += num_decodes
         if num_decodes:
-            rows = self._row_counts
+            rows = self._config.row_counts
             counts.num_computed_tokens += rows[bisect.bisect_left(rows, num_decodes)]
         if not plan.chunks:
             counts.decode_s += seconds
@@ -205,7 +207,9 @@ class Timeline:
         counts.num_prefill_steps += 1
         counts.prefill_s += seconds
         counts.num_useful_tokens += sum(chunk.length for chunk in plan.chunks)
-        counts.num_computed_tokens += sum(chunk.size for chunk in plan.chunks)
+        counts.num_computed_tokens += sum(
+            prefill.num_tokens for prefill in prefills(plan.chunks, self._config)
+        )
 
 
 def explainer(*timelines: Timeline) -> Callable[[str], list[pb.Happening] | None]:

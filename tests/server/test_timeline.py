@@ -46,9 +46,7 @@ def watched(*, faults=lambda phase: None, max_bytes: int = 2**20, max_ended: int
         store=tiny.store(),
         faults=faults,
     )
-    timeline = Timeline(
-        engine.config.row_counts, clock=clock, max_bytes=max_bytes, max_ended=max_ended
-    )
+    timeline = Timeline(engine.config, clock=clock, max_bytes=max_bytes, max_ended=max_ended)
     engine.observer = timeline
     return engine, timeline
 

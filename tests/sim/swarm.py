@@ -33,7 +33,8 @@ def _config(rng: random.Random) -> EngineConfig:
     return EngineConfig(
         num_slots=rng.choice([1, 2, 3, 3, 5]),
         max_seq_len=max_seq_len,
-        prefill_chunks=rng.choice([(8,), (8, 16)]),
+        prefill_chunks=rng.choice([(8,), (8, 16), (8, 32)]),
+        prefill_rows=rng.choice([(1,), (1, 2), (1, 2, 4)]),
         max_prefill_tokens=rng.choice([1, 8, 16, 64]),
         prefill_per_decode=rng.choice([0, 1, 3, 32]),
         attention_block=8,

@@ -80,6 +80,14 @@ def large() -> dict[str, Universe]:
         "no cache": _universe(config(prefix=False), *four, num_cancels=1, num_failures=1),
         "pauses": _universe(config(prefill_per_decode=3), *four, num_cancels=1, num_failures=1),
         "big chunks": _universe(
-            config(prefill_chunks=(8, 16), max_prefill_tokens=32), *four, num_cancels=2
+            config(prefill_chunks=(8, 16), max_prefill_tokens=32, prefill_rows=(1,)),
+            *four,
+            num_cancels=2,
+        ),
+        "side by side": _universe(
+            config(prefill_chunks=(8, 16), max_prefill_tokens=32, prefill_rows=(1, 2)),
+            *four,
+            num_cancels=1,
+            num_failures=1,
         ),
     }

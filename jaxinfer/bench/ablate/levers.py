@@ -11,7 +11,7 @@ import jax
 
 from jaxinfer import fingerprint
 from jaxinfer.config import Config, ModelConfig, Scheme
-from jaxinfer.engine_config import MIN_ROWS
+from jaxinfer.engine_config import MIN_ROWS, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import paged_attention
 from jaxinfer.kernels.products import NATIVE
@@ -127,6 +127,12 @@ def _some_chunk_sizes(config: Config) -> Config:
     return _engine(prefill_chunks=(*smaller, sizes[-1]))(config) if len(sizes) == 1 else config
 
 
+def _several_prefill_rows(config: Config) -> Config:
+    """The row counts that there are, or the default ones instead of one."""
+    is_one = config.engine.prefill_rows == (1,)
+    return _engine(prefill_rows=EngineConfig.prefill_rows)(config) if is_one else config
+
+
 def _one_row_count(config: Config) -> Config:
     rows = -(-config.engine.num_slots // MIN_ROWS) * MIN_ROWS
     return _engine(decode_rows=(rows,))(config)
@@ -179,6 +185,12 @@ LEVERS = (
         "several prefill programs, so that short prompts are padded less",
         on=_some_chunk_sizes,
         off=_one_chunk_size,
+    ),
+    Lever(
+        "prefill rows",
+        "short pieces of prompts side by side in one prefill program, not each in its own",
+        on=_several_prefill_rows,
+        off=_engine(prefill_rows=(1,)),
     ),
     Lever(
         "row counts",
