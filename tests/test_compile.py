@@ -16,7 +16,7 @@ from tests.closed_world import REQUESTS, every_program, kept, make_engine, resul
 
 
 def test_a_program_for_each_chunk_size_each_row_count_and_the_cache():
-    config = tiny.engine_config(prefill_chunks=(8, 64), num_slots=40)
+    config = tiny.engine_config(prefill_chunks=(8, 64), prefill_rows=(1, 4), num_slots=40)
     assert [shape.name for shape in programs_of.shapes(config)] == [
         *("prefill-1x8", "prefill-4x8", "prefill-1x64"),
         *("decode-1x1", "decode-8x1", "decode-32x1", "decode-40x1"),

@@ -21,7 +21,7 @@ SMALL_PAGES = {"cache": CacheConfig(page_size=8), "num_slots": 16}
 
 @pytest.fixture(scope="module")
 def engine():
-    return tiny.make_engine()
+    return tiny.make_engine(prefill_rows=(1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,6 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(engine, answers):
         SMALL_PAGES,
         {"max_prefill_tokens": 8},
         {"prefill_chunks": (8,)},
-        {"prefill_rows": (1,)},
         {"prefill_rows": (1, 2, 8)},
     ],
     ids=str,
