@@ -65,6 +65,7 @@ def large() -> dict[str, Universe]:
         request(2, cousin.prompt, 7, use_prefix_cache=False, priority=1),
         request(3, shared.prompt, 3, salt="b"),
     ]
+    tiny = [request(2, (40, 41, 42), 4), request(3, (50, 51, 52, 53, 54), 3)]
     short = config(page_size=4, max_seq_len=24)
     return {
         "cancels": _universe(config(), *four, num_cancels=1),
@@ -86,7 +87,7 @@ def large() -> dict[str, Universe]:
         ),
         "side by side": _universe(
             config(prefill_chunks=(8, 16), max_prefill_tokens=32, prefill_rows=(1, 2)),
-            *four,
+            *(shared, request(1, other.prompt, 3), *tiny),
             num_cancels=1,
             num_failures=1,
         ),
