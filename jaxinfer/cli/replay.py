@@ -70,10 +70,10 @@ def _on_model(found: "Segment", common: Common, show: progress.Show) -> tuple["R
     from jaxinfer.replay import Conditions, check_kept, on_model
 
     check_kept(found)
-    kept = config.load_over(found.header["settings"], *common.sources(), name=str(found.path))
+    rows = engine_from_plain(found.header["engine"]).prefill_rows  # older settings don't say
+    sources = (f"engine.prefill_rows={list(rows)}", *common.sources())
+    kept = config.load_over(found.header["settings"], *sources, name=str(found.path))
     settings = replace(kept, journal=config.JournalConfig(), snapshot=config.SnapshotConfig())
-    if "prefill_rows" not in found.header["engine"]:  # written before there was a choice
-        settings = replace(settings, engine=replace(settings.engine, prefill_rows=(1,)))
     conditions = Conditions()
     loaded = load_engine(settings, progress=show, clock=conditions.clock, faults=conditions.fault)
     notes = []

@@ -2,8 +2,8 @@
 
     t = step + sum of chunk[size] + prefill_context * tokens * context + context * read + row * rows
 
-A chunk's program has a fixed size, and its time is no line over sizes: a small one waits for the
-weights as a decode does, a large one computes.
+A prefill program has a fixed size, the tokens of all its rows, and its time is no line over sizes:
+a small one waits for the weights as a decode does, a large one computes.
 
 The real scheduler runs in virtual time: a step ends when the one before it has ended and its own
 time has passed, and its tokens are read one step late, as the engine does.
@@ -58,7 +58,8 @@ class CostModel:
 
     step_s: float
     chunks: tuple[tuple[int, float], ...] = ()
-    """The seconds of one chunk by its size, ascending; other sizes lie between or in proportion."""
+    """The seconds of one prefill program by its size, ascending; others lie between or beyond, in
+    proportion."""
     prefill_context_s: float = 0.0
     context_token_s: float = 0.0
     row_s: float = 0.0

@@ -333,6 +333,9 @@ def _check_refused(world: World, plan: Plan) -> None:
 
 def _most_spent(plan: Plan, config: EngineConfig) -> int:
     """What the chunks took of a step's bound, before some were cut into smaller ones."""
+    booked = sum(chunk.size for chunk in plan.chunks)
+    if config.prefill_row_counts == (1,):
+        return booked  # none is cut
     lengths: dict[int, int] = {}
     for chunk in plan.chunks:
         order = chunk.sequence.order
@@ -342,7 +345,7 @@ def _most_spent(plan: Plan, config: EngineConfig) -> int:
         while left > 0:
             size = chunk_size(left, config.prefill_chunks)
             spent, left = spent + size, left - size
-    return max(spent, sum(chunk.size for chunk in plan.chunks))
+    return max(spent, booked)
 
 
 def _check_published(world: World, running: list[Sequence], known: list[int]) -> None:

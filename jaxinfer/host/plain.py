@@ -25,7 +25,10 @@ def request_from_plain(plain: Record) -> Request:
 
 
 def engine_from_plain(plain: Record) -> EngineConfig:
-    """An engine's settings; what the values don't say is as it was before there was a choice."""
+    """An engine's settings; what the values don't say is as it is by default.
+
+    Those without prefill_rows are older than it: their prefill programs had one row.
+    """
     known = {"prefill_rows": [1]} | plain | {"cache": CacheConfig(**plain["cache"])}
     return EngineConfig(**tuples(known))
 

@@ -99,6 +99,11 @@ def test_levers_that_make_no_difference_are_left_out_with_the_reason(monkeypatch
     kernels = levers.find(("attention kernel", "native products"))
     with pytest.raises(ConfigError, match=r"no lever is left to switch: attention kernel: native"):
         levers.usable(kernels, Config(), tiny.MODEL)
+    one_size = Config(engine=EngineConfig(prefill_chunks=(512,)))
+    rows = levers.find(("overlap", "prefill rows"))
+    assert levers.usable(rows, one_size, tiny.MODEL)[1] == {
+        "prefill rows": "no chunk of [512] is small enough to have rows"
+    }
     given = Config(engine=EngineConfig(compute_dtype="float32"))
     products = levers.find(("overlap", "native products"))
     assert levers.usable(products, given, tiny.MODEL)[1] == {

@@ -133,6 +133,13 @@ def _several_prefill_rows(config: Config) -> Config:
     return _engine(prefill_rows=EngineConfig.prefill_rows)(config) if is_one else config
 
 
+def _no_prefill_rows(config: Config, model: ModelConfig) -> str:
+    several = _several_prefill_rows(config).engine
+    if several.prefill_row_counts != (1,):
+        return ""
+    return f"no chunk of {list(several.prefill_chunks)} is small enough to have rows"
+
+
 def _one_row_count(config: Config) -> Config:
     rows = -(-config.engine.num_slots // MIN_ROWS) * MIN_ROWS
     return _engine(decode_rows=(rows,))(config)
@@ -191,6 +198,7 @@ LEVERS = (
         "short pieces of prompts side by side in one prefill program, not each in its own",
         on=_several_prefill_rows,
         off=_engine(prefill_rows=(1,)),
+        missing=_no_prefill_rows,
     ),
     Lever(
         "row counts",
